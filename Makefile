@@ -1,0 +1,55 @@
+# One virtual environment, made from the lock file; every target sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help demo test test-long lint format bench proto lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "make: Python 3.11 or newer is needed as $(PYTHON): apt-get install python3 python3-venv, or name one with PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "make: Python's venv module is missing: apt-get install python3-venv" >&2; exit 2; }
+	@echo "make: setting up $(VENV) (once)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: $(STAMP) ## a whole mesh on this host, with real traffic and checks (ARGS=--keep leaves it running)
+	@$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(STAMP) ## the test suite
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-long: $(STAMP) ## the same tests at their full sizes
+	@HBONE_TEST_SIZES=full $(BIN)/python -m pytest -q --timeout 3600 $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format and mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure against no proxy and Envoy (ARGS=--quick for a minute)
+	@$(BIN)/python -m bench $(ARGS)
+
+proto: $(STAMP) ## make the protobuf messages again from src/ztunnel/wire/*.proto
+	@$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/ztunnel/wire/*.proto
+
+lock: ## choose the versions of requirements.lock again
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q uv
+	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --upgrade -q -o requirements.lock
+
+clean: ## remove the virtual environment and caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

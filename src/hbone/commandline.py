@@ -1,0 +1,70 @@
+"""What the three commands share: a parser that says what is wrong in one sentence, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from hbone.errors import ConfigurationError, HboneError
+
+__all__ = ["CommandError", "ExitCode", "Parser", "fail", "run"]
+
+
+class ExitCode(enum.IntEnum):
+    """How a command ended, for scripts."""
+
+    DONE = 0
+    NO = 1
+    """The answer is no: denied, or lint found something."""
+    MISUSE = 2
+    """Wrong arguments or a bad configuration."""
+    UNREACHABLE = 3
+    """A peer could not be reached."""
+
+
+class CommandError(HboneError):
+    """Ends a command with one sentence on standard error and an exit code."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.MISUSE) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one sentence without the usage text."""
+
+    def __init__(self, **options: object) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)  # type: ignore[arg-type]  # passed through to argparse untouched
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2, naming the program that was called and where help is."""
+        self.exit(ExitCode.MISUSE, f"{self.prog}: {message}; see '{self.prog} --help'\n")
+
+
+def fail(program: str, message: str, code: int = ExitCode.MISUSE) -> NoReturn:
+    """Write one sentence to standard error and exit."""
+    sys.stderr.write(f"{program}: {' '.join(message.split())}\n")
+    raise SystemExit(int(code))
+
+
+def run(program: str, command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Call `command`; turn the errors that are the user's to mend into one sentence.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return int(command(argv))
+    except CommandError as error:
+        fail(program, str(error), error.code)
+    except ConfigurationError as error:
+        fail(program, str(error))
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away, as `head` does
+        return int(ExitCode.DONE)
+    except KeyboardInterrupt:
+        return 130

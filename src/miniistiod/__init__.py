@@ -1,0 +1,1 @@
+"""A small identity authority and control plane for ambient meshes without Kubernetes."""

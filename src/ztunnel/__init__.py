@@ -1,0 +1,1 @@
+"""The node proxy of an ambient mesh, as a daemon or inside a program."""
