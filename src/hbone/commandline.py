@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import enum
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hbone.errors import ConfigurationError, HboneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 __all__ = ["CommandError", "ExitCode", "Parser", "fail", "run"]
 

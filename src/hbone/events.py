@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
 
-from hbone.errors import ErrorCode
+if TYPE_CHECKING:
+    from hbone.errors import ErrorCode
 
 __all__ = [
     "ConnectAccepted",
