@@ -1,0 +1,423 @@
+"""Structured logs on standard output: tab-separated text, JSON, or colours for a terminal.
+
+Writing never holds up the program: lines wait in a bounded queue for one thread that writes them in batches.
+When the reader of standard output stands still and the queue is full, lines are dropped and counted, and
+the count is logged as soon as writing goes on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+
+import structlog
+
+from hbone.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, MutableMapping
+
+    _Renderer = Callable[[Any, str, MutableMapping[str, Any]], str]
+
+__all__ = ["Bare", "Logger", "configure", "current_level", "flush", "get_logger", "set_level", "shutdown"]
+
+Format = Literal["plain", "json", "console"]
+
+LEVELS: Final[Mapping[str, int]] = {
+    "trace": 5,
+    "debug": 10,
+    "info": 20,
+    "warn": 30,
+    "warning": 30,
+    "error": 40,
+    "off": 100,
+}
+MAX_QUEUED_LINES: Final = 10_000
+MAX_BATCH_LINES: Final = 64
+MAX_VALUE: Final = 16 * 1024
+_GATHER_SECONDS: Final = 0.01
+"""How long the writer waits for more lines after the first: a busy process wakes it a hundred times a second."""
+
+_SECRET_NAMES: Final = frozenset(
+    ["authorization", "token", "auth_token", "password", "secret", "private_key", "key_pem", "jwt", "cookie"]
+)
+_REDACTED: Final = "[redacted]"
+_IN_STRING: Final = r'(?:\\.|[^"\\])*'
+_SECRETS: Final = (
+    (
+        "PRIVATE KEY",
+        re.compile(rf"-----BEGIN [A-Z ]*PRIVATE KEY-----{_IN_STRING}?(-----END [A-Z ]*PRIVATE KEY-----|(?=\"|$))"),
+    ),
+    ("earer ", re.compile(r"\b(?P<kept>[Bb]earer )[\w.~+/=:-]+")),
+    ("eyJ", re.compile(r"\beyJ[\w-]{5,}\.[\w-]+\.[\w-]*")),
+)
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class Bare(str):
+    """Text that the plain format writes without quotes, such as an address. Must not hold a space."""
+
+    __slots__ = ()
+
+
+class Logger(structlog.BoundLoggerBase):
+    """A structlog logger whose level can change while it is in use; a line below it costs one comparison."""
+
+    def trace(self, event: str, **fields: Any) -> None:
+        """Log for whoever follows single frames."""
+        if _state.level <= 5:
+            self._proxy_to_logger("trace", event, **fields)
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """Log for whoever looks for a fault."""
+        if _state.level <= 10:
+            self._proxy_to_logger("debug", event, **fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Log what an operator wants to know in normal operation."""
+        if _state.level <= 20:
+            self._proxy_to_logger("info", event, **fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Log that a peer misbehaved, or that something works less well than it should."""
+        if _state.level <= 30:
+            self._proxy_to_logger("warning", event, **fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Log that we failed."""
+        if _state.level <= 40:
+            self._proxy_to_logger("error", event, **fields)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        """Log that we failed, with the exception being handled."""
+        fields.setdefault("exc_info", True)
+        self.error(event, **fields)
+
+    def log(self, level: str, event: str, **fields: Any) -> None:
+        """Log at the level of that name."""
+        if _state.level <= LEVELS[level]:
+            self._proxy_to_logger(level, event, **fields)
+
+
+class _Named:
+    """The end of a logger: its name, and where rendered lines go."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+    def trace(self, line: str) -> None:
+        _state.write(self.name, logging.DEBUG, line)
+
+    def debug(self, line: str) -> None:
+        _state.write(self.name, logging.DEBUG, line)
+
+    def info(self, line: str) -> None:
+        _state.write(self.name, logging.INFO, line)
+
+    def warning(self, line: str) -> None:
+        _state.write(self.name, logging.WARNING, line)
+
+    def error(self, line: str) -> None:
+        _state.write(self.name, logging.ERROR, line)
+
+
+class _Writer:
+    """A bounded queue of lines and the thread that empties it to `stream`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: collections.deque[str] = collections.deque()
+        self._dropped = 0
+        self._busy = False
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._ended = False
+        self._pid = 0
+
+    def write(self, line: str) -> None:
+        if len(self._lines) >= MAX_QUEUED_LINES:
+            self._dropped += 1
+            return
+        self._lines.append(line)
+        if self._pid != os.getpid():  # at first use, and in a forked child, which has no such thread
+            self._pid = os.getpid()
+            threading.Thread(target=self._run, name="log-writer", daemon=True).start()
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _run(self) -> None:
+        while not self._ended:
+            self._wake.wait()
+            self._hurry.wait(_GATHER_SECONDS)
+            self._wake.clear()
+            self._busy = True
+            while self._lines:
+                self._write_batch()
+            self._busy = False
+
+    def _write_batch(self) -> None:
+        batch = [self._lines.popleft() for _ in range(min(len(self._lines), MAX_BATCH_LINES))]
+        dropped, self._dropped = self._dropped, 0
+        if dropped:
+            batch.append(_state.render_dropped(dropped))
+        try:
+            self._stream.write("\n".join(batch) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._lines.clear()  # the reader is gone: there is nobody to tell
+
+    def flush(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        self._hurry.set()
+        try:
+            while self._lines or self._busy:
+                if self._pid != os.getpid() or time.monotonic() >= deadline:
+                    return False
+                time.sleep(0.001)  # only at exit and in tests
+        finally:
+            self._hurry.clear()
+        return True
+
+    def close(self, timeout: float) -> None:
+        self.flush(timeout)
+        self._ended = True
+        self._wake.set()
+
+
+class _State:
+    """What `configure` chose; one per process. Until then lines go to the standard library's loggers."""
+
+    def __init__(self) -> None:
+        self.level = LEVELS["info"]
+        self.writer: _Writer | None = None
+        self.render: _Renderer = _render_message
+
+    def write(self, name: str, level: int, line: str) -> None:
+        if self.writer is not None:
+            self.writer.write(line)
+        else:
+            logging.getLogger(name).log(level, "%s", line)
+
+    def render_dropped(self, count: int) -> str:
+        fields = {"event": "log lines dropped: standard output is not being read", "count": count, "time": _timestamp()}
+        return self.render(_Named("logs"), "warning", fields)
+
+
+def configure(format: Format = "plain", level: str = "info", *, stream: TextIO | None = None) -> None:  # noqa: A002
+    """Send the logs of this process, structlog's and the standard library's warnings, to standard output.
+
+    Args:
+        format: `plain` (time, level, target, message, fields; between tabs), `json` (an object a line),
+            or `console` (for people; coloured on a terminal).
+        level: `trace`, `debug`, `info`, `warn`, `error` or `off`.
+        stream: where to instead of standard output.
+
+    Raises:
+        ConfigurationError: an unknown format or level.
+    """
+    output = stream or sys.stdout
+    renderers: dict[str, Callable[[], _Renderer]] = {
+        "plain": lambda: _render_plain,
+        "json": lambda: _render_json,
+        "console": lambda: _console(output),
+    }
+    if format not in renderers:
+        raise ConfigurationError(f"log format is {format!r}; it must be plain, json or console")
+    set_level(level)
+    shutdown()
+    _state.render = renderers[format]()
+    _state.writer = _Writer(output)
+    structlog.configure(
+        processors=_PROCESSORS, wrapper_class=Logger, logger_factory=_Named, cache_logger_on_first_use=True
+    )
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _FromStandardLibrary)]:
+        root.removeHandler(handler)
+    root.addHandler(_FromStandardLibrary(logging.WARNING))
+
+
+def get_logger(target: str, **fields: Any) -> Logger:
+    """A logger whose lines carry `target`, and `fields` each.
+
+    It may be made and used before `configure`; then its lines go to the standard library's logger of that name,
+    so a program that embeds us sees them where it sees others.
+    """
+    return Logger(_Named(target), _PROCESSORS, dict(fields))
+
+
+def set_level(level: str) -> None:
+    """Log what is at `level` or above from now on.
+
+    Raises:
+        ConfigurationError: no level has this name.
+    """
+    name = level.strip().lower()
+    if name not in LEVELS:
+        raise ConfigurationError(f"log level is {level!r}; it must be one of {', '.join(LEVELS)}")
+    _state.level = LEVELS[name]
+
+
+def current_level() -> str:
+    """The name of the level in force."""
+    return next(name for name, value in LEVELS.items() if value == _state.level)
+
+
+def flush(timeout: float = 1.0) -> bool:
+    """Wait until all lines are written, at most `timeout` seconds; False when some are not."""
+    return _state.writer is None or _state.writer.flush(timeout)
+
+
+def shutdown(timeout: float = 1.0) -> None:
+    """Write what waits, for `timeout` seconds at most, and end the writer. Called at exit."""
+    writer, _state.writer = _state.writer, None
+    _state.render = _render_message
+    if writer is not None:
+        writer.close(timeout)
+
+
+def _timestamp() -> str:
+    global _second, _second_text
+    second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
+    if second != _second:
+        _second, _second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+    return f"{_second_text}.{fraction:06d}Z"
+
+
+def _render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
+    if "exc_info" in fields:
+        fields = structlog.processors.format_exc_info(logger, method, fields)
+    for name, value in fields.items():
+        if name in _SECRET_NAMES:
+            fields[name] = _REDACTED
+        elif type(value) is str and len(value) > MAX_VALUE:
+            fields[name] = value[:MAX_VALUE] + "..."
+    fields["time"] = _timestamp()
+    line = _state.render(logger, method, fields)
+    for mark, pattern in _SECRETS:  # cheap look first: nearly no line has one
+        if mark in line:
+            line = pattern.sub(_replacement, line)
+    return line
+
+
+def _replacement(match: re.Match[str]) -> str:
+    return match.groupdict().get("kept", "") + _REDACTED
+
+
+def _render_plain(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
+    stamp = fields.pop("time")
+    level = "warn" if method == "warning" else method
+    return f"{stamp}\t{level}\t{_short(logger.name)}\t{_message_and_fields(fields)}"
+
+
+def _render_message(_: Any, __: str, fields: MutableMapping[str, Any]) -> str:
+    del fields["time"]
+    return _message_and_fields(fields)
+
+
+def _message_and_fields(fields: MutableMapping[str, Any]) -> str:
+    message = _escape(str(fields.pop("event")))
+    if not fields:
+        return message
+    return message + "\t" + " ".join([f"{_escape(name)}={_plain_value(value)}" for name, value in fields.items()])
+
+
+def _plain_value(value: Any) -> str:
+    kind = type(value)
+    if kind is str:
+        return _quote(value)
+    if kind is int or kind is float:
+        return repr(value)
+    if kind is bool:
+        return "true" if value else "false"
+    if kind is bytes or kind is bytearray:
+        return f"<{len(value)} bytes>"
+    if isinstance(value, (list, tuple, dict, set, frozenset)):
+        return json.dumps(value, ensure_ascii=False, default=_json_value)
+    return _escape(str(value))
+
+
+def _quote(value: str) -> str:
+    if '"' in value or "\\" in value:
+        value = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{_escape(value)}"'
+
+
+def _escape(value: str) -> str:
+    if value.isprintable():
+        return value
+    return _CONTROL.sub(lambda match: repr(match.group())[1:-1], value)
+
+
+def _short(target: str) -> str:
+    for package in ("ztunnel.", "miniistiod.", "hbone."):
+        if target.startswith(package):
+            return target[len(package) :]
+    return target
+
+
+def _render_json(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
+    stamp = fields.pop("time")
+    message = fields.pop("event")
+    level = "warn" if method == "warning" else method
+    line = {"level": level, "time": stamp, "scope": logger.name, "message": message, **fields}
+    return json.dumps(line, default=_json_value)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, (bytes, bytearray)):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return str(value)
+
+
+def _console(stream: TextIO) -> _Renderer:
+    is_terminal = stream.isatty() if hasattr(stream, "isatty") else False
+    renderer = structlog.dev.ConsoleRenderer(colors=is_terminal, timestamp_key="time", pad_event_to=0)
+
+    def render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
+        fields["level"] = method
+        fields["time"] = fields["time"][11:23]
+        if logger.name:
+            fields["logger"] = _short(logger.name)
+        for name, value in fields.items():
+            if isinstance(value, str) and name != "exception":
+                fields[name] = _escape(value)
+        return renderer(logger, method, fields)
+
+    return render
+
+
+class _FromStandardLibrary(logging.Handler):
+    """Lets warnings of libraries that log the standard way appear in the same form."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = get_logger(record.name)
+        fields: dict[str, Any] = {}
+        if record.exc_info and record.exc_info[0] is not None:
+            fields["exc_info"] = record.exc_info
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):
+            message = str(record.msg)
+        if record.levelno >= logging.ERROR:
+            logger.error(message, **fields)
+        else:
+            logger.warning(message, **fields)
+
+
+_PROCESSORS: Final[list[Any]] = [_render]
+_state = _State()
+_second = 0
+_second_text = ""
+atexit.register(shutdown)
