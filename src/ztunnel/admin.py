@@ -1,0 +1,236 @@
+"""The daemon's own pages: admin (15000 and a Unix socket), metrics (15020), readiness (15021).
+
+Nothing changes by GET, and no page shows a secret. What the pages show comes from `status.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import parse_qs
+
+import attrs
+
+from hbone.daemon import logs
+from hbone.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from hbone.daemon.http import App, Receive, Scope, Send
+    from ztunnel.metrics import Metrics
+
+__all__ = ["AdminView", "Page", "Readiness", "Request", "admin_app", "readiness_app", "router", "stats_app"]
+
+PAGES = (
+    ("/config_dump", "everything that is known: workloads, services, policies, certificates, settings"),
+    ("/status", "the short view that `ztunnel status` prints"),
+    ("/explain?destination=HOST:PORT&from=WORKLOAD", "what the mesh does with a connection, step by step"),
+    ("/logging", "POST ?level=debug changes the log level, GET shows it"),
+    ("/quitquitquit", "POST drains and ends the process"),
+)
+LOGGING_USAGE = """\
+usage: POST /logging\t\t\t\t(To show the current log level)
+       POST /logging?level=<level>\t\t(To change it: off, error, warn, info, debug or trace)
+       POST /logging?reset\t\t\t(To go back to the level at the start)
+"""
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """What a page is asked."""
+
+    method: str
+    query: Mapping[str, str]
+    accept: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Page:
+    """An answer."""
+
+    status: int = 200
+    content_type: str = "text/plain; charset=utf-8"
+    body: bytes = b""
+
+    @classmethod
+    def text(cls, text: str, status: int = 200) -> Page:
+        """Plain text."""
+        return cls(status=status, body=text.encode())
+
+    @classmethod
+    def json(cls, value: Any) -> Page:
+        """JSON for people and programs: indented, keys sorted."""
+        body = json.dumps(value, indent=2, sort_keys=True, default=str).encode() + b"\n"
+        return cls(content_type="application/json", body=body)
+
+
+if TYPE_CHECKING:
+    Route = Callable[[Request], Awaitable[Page]]
+
+
+class AdminView(Protocol):
+    """What the admin pages show, and the one thing that they start."""
+
+    async def config_dump(self) -> dict[str, Any]:
+        """Everything that is known, without secrets."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """The short view."""
+        ...
+
+    async def explain(self, destination: str, source: str | None) -> dict[str, Any]:
+        """What the mesh does with a connection; raises ConfigurationError for a question that cannot be read."""
+        ...
+
+    def shut_down(self) -> None:
+        """Begin the drain."""
+        ...
+
+
+class Readiness:
+    """The tasks that must be done before the workload may use the mesh."""
+
+    def __init__(self, *tasks: str) -> None:
+        self._pending = set(tasks)
+
+    def done(self, task: str) -> None:
+        """`task` is done."""
+        self._pending.discard(task)
+
+    @property
+    def pending(self) -> list[str]:
+        """What is not done, sorted."""
+        return sorted(self._pending)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all are done."""
+        return not self._pending
+
+
+def router(routes: Mapping[str, Route]) -> App:
+    """An ASGI application of a few pages; an unknown path is 404, as ztunnel's."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        route = routes.get(scope["path"])
+        if route is None:
+            page = Page(status=404)
+        else:
+            accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
+            query = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True, max_num_fields=16)
+            page = await route(
+                Request(
+                    method=scope["method"],
+                    query={name: values[-1] for name, values in query.items()},
+                    accept=accept.decode("latin-1"),
+                )
+            )
+        headers = [
+            (b"content-type", page.content_type.encode()),
+            (b"content-length", str(len(page.body)).encode()),
+            (b"cache-control", b"no-store"),
+            (b"x-content-type-options", b"nosniff"),
+        ]
+        await send({"type": "http.response.start", "status": page.status, "headers": headers})
+        body = b"" if scope["method"] == "HEAD" else page.body
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+def admin_app(view: AdminView) -> App:
+    """The admin pages. Source: Istio's ztunnel, admin server."""
+    start_level = logs.current_level()
+
+    async def index(_: Request) -> Page:
+        rows = "".join(f"<tr><td>{html.escape(path)}</td><td>{html.escape(what)}</td></tr>" for path, what in PAGES)
+        text = f"<!doctype html><title>ztunnel</title><h1>ztunnel</h1><table>{rows}</table>\n"
+        return Page(content_type="text/html; charset=utf-8", body=text.encode())
+
+    async def config_dump(_: Request) -> Page:
+        return Page.json(await view.config_dump())
+
+    async def status(_: Request) -> Page:
+        return Page.json(view.status())
+
+    async def explain(request: Request) -> Page:
+        destination = request.query.get("destination")
+        if not destination:
+            return Page.text("destination is missing; ask for /explain?destination=HOST:PORT\n", 400)
+        try:
+            return Page.json(await view.explain(destination, request.query.get("from") or None))
+        except ConfigurationError as error:
+            return Page.text(f"{error}\n", 400)
+
+    async def logging(request: Request) -> Page:
+        if request.method == "GET":
+            return Page.text(f"current log level is {logs.current_level()}\n")
+        if request.method != "POST":
+            return Page.text(f"Invalid HTTP method\n{LOGGING_USAGE}", 405)
+        before = logs.current_level()
+        if "reset" in request.query:
+            logs.set_level(start_level)
+        level = request.query.get("level", "")
+        if level:
+            try:
+                logs.set_level(level)
+            except ConfigurationError:
+                logs.set_level(before)
+                return Page.text(f"Invalid level provided: {level[:100]}\n{LOGGING_USAGE}", 400)
+        return Page.text(f"current log level is {logs.current_level()}\n")
+
+    async def quit_(request: Request) -> Page:
+        if request.method != "POST":
+            return Page(status=405)
+        view.shut_down()
+        return Page.text("shutdown now\n")
+
+    return router(
+        {
+            "/": index,
+            "/config_dump": config_dump,
+            "/status": status,
+            "/explain": explain,
+            "/logging": logging,
+            "/quitquitquit": quit_,
+        }
+    )
+
+
+def stats_app(metrics: Metrics) -> App:
+    """The metrics pages. Source: Istio's ztunnel, stats server."""
+
+    async def page(request: Request) -> Page:
+        content_type, body = metrics.exposition(request.accept)
+        return Page(content_type=content_type, body=body)
+
+    return router({"/metrics": page, "/stats/prometheus": page})
+
+
+def readiness_app(readiness: Readiness) -> App:
+    """The readiness page. Source: Istio's ztunnel, readiness server."""
+
+    async def page(request: Request) -> Page:
+        if request.method not in ("GET", "HEAD"):
+            return Page(status=405)
+        if readiness.ready:
+            return Page.text("ready\n")
+        return Page.text(f"not ready, pending: {', '.join(readiness.pending)}\n", 500)
+
+    return router({"/healthz/ready": page})
+
+
+def certificate_entry(pem: bytes, serial: int, valid_from: str, expires: str) -> dict[str, str]:
+    """One certificate of the dump, in the form that `istioctl ztunnel-config` reads."""
+    return {
+        "pem": base64.b64encode(pem).decode(),
+        "serialNumber": str(serial),
+        "validFrom": valid_from,
+        "expirationTime": expires,
+    }

@@ -1,0 +1,359 @@
+"""The discovery stream: what the mesh looks like, kept up to date and kept when the control plane goes away.
+
+Delta xDS, two types, both wildcard. A response is validated resource by resource in slices that yield after a
+millisecond, then becomes visible at once: the data path sees the state before it or the state after it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+import trio
+from google.protobuf.message import DecodeError
+
+from hbone.daemon.logs import get_logger
+from hbone.errors import HboneError
+from hbone.grpc import GrpcError
+from ztunnel.control.transport import ControlPlaneError, request_metadata
+from ztunnel.mesh.store import decode_address, decode_policy
+from ztunnel.mesh.workload import RejectedResource
+from ztunnel.wire import discovery_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from hbone.identity import Identity
+    from ztunnel.control.transport import Dial, MessageStream, TokenSource
+    from ztunnel.mesh.store import Store
+
+__all__ = [
+    "ADDRESS",
+    "AUTHORIZATION",
+    "DELTA",
+    "MAX_RESPONSE",
+    "DiscoveryClient",
+    "DiscoveryMetrics",
+    "DiscoveryStatus",
+    "make_node",
+]
+
+DELTA = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
+ADDRESS = "type.googleapis.com/istio.workload.Address"
+AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
+TYPES = (ADDRESS, AUTHORIZATION)
+
+MAX_RESPONSE = 200 * 1024 * 1024
+"""Bytes of one response. Source: Istio's ztunnel, message limit of its discovery client."""
+FIRST_ANSWER_TIMEOUT = 60.0
+"""Seconds from the subscription to the first response of each type, on every stream."""
+SLICE = 0.001
+"""Seconds of work between two yields to the data path."""
+BACKOFF_FIRST = 0.010
+BACKOFF_QUICK = 1.0
+BACKOFF_LIMIT = 15.0
+MAX_NACK = 16 * 1024
+"""Characters of one rejection's message."""
+
+log = get_logger("ztunnel.control.discovery")
+
+
+class DiscoveryMetrics(Protocol):
+    """What is counted about the stream."""
+
+    def xds_message(self, url: str, nbytes: int, /) -> None:
+        """One response of type `url` with `nbytes` of resources arrived."""
+        ...
+
+    def xds_terminated(self, reason: str, /) -> None:
+        """A stream ended: ConnectionError, Error, Reconnect or Complete."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class DiscoveryStatus:
+    """What `status` shows of the control plane. Times are seconds since 1970."""
+
+    connected: bool
+    synced: bool
+    """Both types have been accepted on the present stream."""
+    connected_since: float | None
+    last_update: float | None
+    stale_since: float | None
+    """Since when what we hold may be out of date; None while connected and synced."""
+    last_error: str | None
+    rejected: int
+    """Resources that were refused since the start."""
+    addresses: int
+    policies: int
+
+
+def make_node(
+    *,
+    name: str,
+    namespace: str,
+    ip: str,
+    node_name: str,
+    metadata: Mapping[str, str],
+    json_metadata: Mapping[str, str],
+) -> discovery_pb2.Node:
+    """Who we say we are; a hint only, the control plane goes by token or certificate.
+
+    Source: Istio's ztunnel, xDS node.
+    """
+    node = discovery_pb2.Node(id=f"ztunnel~{ip}~{name}.{namespace}~{namespace}.svc.cluster.local")
+    fields: dict[str, Any] = {"NAME": name, "NAMESPACE": namespace, "INSTANCE_IPS": ip, "NODE_NAME": node_name}
+    fields.update(metadata)
+    for key, text in json_metadata.items():
+        try:
+            fields[key] = json.loads(text)
+        except ValueError as error:
+            log.error("bad node metadata", variable=f"ISTIO_METAJSON_{key}", error=str(error))
+    node.metadata.update(fields)
+    return node
+
+
+class DiscoveryClient:
+    """Subscribes, applies, acknowledges, reconnects. What was accepted stays in force until it is replaced."""
+
+    def __init__(
+        self,
+        dial: Dial,
+        store: Store,
+        *,
+        node: discovery_pb2.Node,
+        metrics: DiscoveryMetrics,
+        identity: Callable[[], Identity | None] = lambda: None,
+        token: TokenSource | None = None,
+        cluster_id: str = "Kubernetes",
+        headers: Sequence[tuple[str, str]] = (),
+        applied: Callable[[], None] = lambda: None,
+        wall: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Remember how to ask.
+
+        Args:
+            dial: Opens a channel to the control plane.
+            store: Gets what is accepted.
+            node: Sent with the first request of each type.
+            metrics: Counts responses and ends of streams.
+            identity: The certificate to present where there is no token.
+            token: Where the bearer token comes from.
+            cluster_id: Sent with a token.
+            headers: `XDS_HEADER_*`.
+            applied: Called after each response that changed something and when the stream is lost; must not wait.
+            wall: Wall clock, seconds since 1970.
+            rng: Spreads reconnects.
+        """
+        self._dial = dial
+        self._store = store
+        self._node = node
+        self._metrics = metrics
+        self._identity = identity
+        self._token = token
+        self._cluster_id = cluster_id
+        self._headers = tuple(headers)
+        self._applied = applied
+        self._wall = wall
+        self._rng = rng or random.Random()  # jitter, no secret
+        self._versions: dict[str, dict[str, str]] = {url: {} for url in TYPES}  # of what was accepted, by name
+        self._acknowledged: set[str] = set()  # since the start
+        self._synced: set[str] = set()  # on the present stream
+        self._answered: set[str] = set()  # on the present stream
+        self._connected_since: float | None = None
+        self._last_update: float | None = None
+        self._stale_since: float | None = None
+        self._last_error: str | None = None
+        self._rejected = 0
+        self.ready = trio.Event()
+        """Set once both types have been accepted without a rejection."""
+
+    # state
+
+    def status(self) -> DiscoveryStatus:
+        """A view for people."""
+        return DiscoveryStatus(
+            connected=self._connected_since is not None,
+            synced=self._in_sync,
+            connected_since=self._connected_since,
+            last_update=self._last_update,
+            stale_since=self._stale_since,
+            last_error=self._last_error,
+            rejected=self._rejected,
+            addresses=len(self._versions[ADDRESS]),
+            policies=len(self._versions[AUTHORIZATION]),
+        )
+
+    @property
+    def _in_sync(self) -> bool:
+        return self._synced.issuperset(TYPES)
+
+    @property
+    def in_sync(self) -> bool:
+        """Connected, and both types accepted on this stream: what we hold is what the control plane says."""
+        return self._in_sync
+
+    def snapshot(self) -> bytes:
+        """What is in force, to be kept on disk."""
+        return self._store.snapshot(self._versions[ADDRESS], self._versions[AUTHORIZATION])
+
+    def restore(self, data: bytes, saved_at: float) -> None:
+        """Put a snapshot in force; its versions are told to the server, which then sends what differs.
+
+        Args:
+            data: From `snapshot`.
+            saved_at: When it was last known to be current, seconds since 1970.
+
+        Raises:
+            SnapshotError: it cannot be read; nothing was changed.
+        """
+        restored = self._store.restore(data)
+        self._versions = {ADDRESS: dict(restored.address_versions), AUTHORIZATION: dict(restored.policy_versions)}
+        self._stale_since = self._last_update = saved_at
+
+    # the stream
+
+    async def run(self) -> None:
+        """Keep a stream open until cancelled."""
+        backoff = BACKOFF_FIRST
+        while True:
+            self._answered.clear()
+            reason, text = await self._attempt()
+            if self._answered:
+                backoff = BACKOFF_FIRST  # it worked; a failure now is the first
+            longer = min(BACKOFF_LIMIT, backoff * 2)
+            if reason in ("Reconnect", "Complete"):
+                # A server that ends every stream before it answers must not be called without pause.
+                wait = BACKOFF_FIRST if self._answered else min(BACKOFF_QUICK, longer)
+                backoff = BACKOFF_FIRST if self._answered else longer
+            else:
+                wait = backoff = longer
+            self._lost(text)
+            self._metrics.xds_terminated(reason)
+            wait *= self._rng.uniform(0.8, 1.2)  # many hosts must not return in step
+            if text:
+                log.warning("control plane lost", error=text, retry_in=f"{wait:.2f}s")
+            else:
+                log.info("discovery stream ended; opening it again")
+            await trio.sleep(wait)
+
+    async def _attempt(self) -> tuple[str, str]:
+        """One stream, from dial to end: the reason as the metric names it, and what to say."""
+        opened = False
+        try:
+            metadata = request_metadata(self._token, self._cluster_id, self._headers)
+            async with self._dial(self._identity()) as channel, channel.stream(DELTA, metadata) as stream:
+                opened = True
+                await self._converse(stream)
+        except GrpcError as error:
+            text = f"{error.code.name}: {error.message or 'no reason given'}"
+            if opened and _is_reconnect(error):
+                return "Reconnect", text
+            return ("Error" if opened else "ConnectionError"), text
+        except (HboneError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            return ("Error" if opened else "ConnectionError"), str(error) or type(error).__name__
+        return "Complete", ""
+
+    async def _converse(self, stream: MessageStream) -> None:
+        for url in TYPES:
+            request = discovery_pb2.DeltaDiscoveryRequest(
+                node=self._node, type_url=url, initial_resource_versions=self._versions[url]
+            )
+            await stream.send(request.SerializeToString())
+        self._connected_since = self._wall()
+        log.info("discovery stream open")
+        limit = trio.current_time() + FIRST_ANSWER_TIMEOUT
+        while True:
+            missing = [url for url in TYPES if url not in self._answered]
+            with trio.CancelScope(deadline=limit if missing else math.inf) as scope:
+                raw = await stream.receive()
+            if scope.cancelled_caught:
+                names = " and no ".join(url.rpartition(".")[2] for url in missing)
+                raise ControlPlaneError(f"the control plane sent no {names} within {FIRST_ANSWER_TIMEOUT:g} s")
+            if raw is None:
+                return
+            await self._receive(raw, stream)
+
+    async def _receive(self, raw: bytes, stream: MessageStream) -> None:
+        try:
+            response = discovery_pb2.DeltaDiscoveryResponse.FromString(raw)
+        except DecodeError:
+            raise ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse") from None
+        url = response.type_url
+        resources = [(item.name, item.version, item.resource.value) for item in response.resources]
+        self._metrics.xds_message(url, sum(len(payload) for _, _, payload in resources))
+        answer = discovery_pb2.DeltaDiscoveryRequest(type_url=url, response_nonce=response.nonce)
+        if url not in TYPES:
+            # Acknowledged as the Rust ztunnel does: a refusal would not make the server stop either.
+            log.error("response of a type that we did not ask for", type_url=url)
+            await stream.send(answer.SerializeToString())
+            return
+        refused = await self._apply(url, resources, response.removed_resources)
+        if refused:
+            self._rejected += len(refused)
+            text = "; ".join(f"{error.name}: {error.reason}" for error in refused)
+            answer.error_detail.message = text if len(text) <= MAX_NACK else text[:MAX_NACK] + "; ..."
+            log.warning("resources rejected", type_url=url, count=len(refused), error=text[:1024])
+        self._answered.add(url)
+        self._last_update = self._wall()
+        await stream.send(answer.SerializeToString())
+        self._synced.add(url)
+        if not refused:
+            self._acknowledged.add(url)
+        if self._in_sync:
+            self._stale_since = None
+        if self._acknowledged.issuperset(TYPES):
+            self.ready.set()
+        self._applied()
+
+    async def _apply(
+        self, url: str, resources: Sequence[tuple[str, str, bytes]], removed: Iterable[str]
+    ) -> list[RejectedResource]:
+        """Validate in slices, then swap in at once; returns what was refused."""
+        decode: Callable[[str, bytes], Any] = decode_address if url == ADDRESS else decode_policy
+        good: dict[str, Any] = {}
+        versions: dict[str, str] = {}
+        refused: dict[str, RejectedResource] = {}
+        slice_end = time.perf_counter() + SLICE
+        for name, version, payload in resources:
+            try:
+                good[name] = decode(name, payload)
+                versions[name] = version
+                refused.pop(name, None)
+            except RejectedResource as error:
+                refused[name] = error
+            if time.perf_counter() >= slice_end:
+                await trio.lowlevel.checkpoint()
+                slice_end = time.perf_counter() + SLICE
+        gone = [name for name in removed if name not in good]
+        # No await from here on: a cancelled response is applied whole or not at all.
+        apply = self._store.apply_addresses if url == ADDRESS else self._store.apply_policies
+        rejected = list(refused.values())
+        apply(list(good.values()), gone, rejected=rejected)
+        accepted = self._versions[url]
+        for name in gone:
+            accepted.pop(name, None)
+        accepted.update(versions)
+        return rejected
+
+    def _lost(self, text: str) -> None:
+        if self._stale_since is None and self._in_sync:
+            self._stale_since = self._wall()
+        self._connected_since = None
+        self._synced.clear()
+        self._last_error = text or None
+        self._applied()
+
+
+def _is_reconnect(error: GrpcError) -> bool:
+    """Whether the stream ended as streams do: the server drains, restarts, or a deadline passed."""
+    name = error.code.name
+    if name in ("UNKNOWN", "CANCELLED", "DEADLINE_EXCEEDED"):
+        return True
+    message = (error.message or "").lower()
+    return name == "UNAVAILABLE" and ("transport is closing" in message or "received prior goaway" in message)
