@@ -1,0 +1,402 @@
+"""An HTTP/1.1 server for a daemon's own pages: metrics, readiness, dumps.
+
+Hypercorn speaks HTTP, but a peer never reaches it directly. One bad connection can raise through its nursery and
+end the process, so every connection comes from our own accept loop and runs under a catch of its own; what leads
+to HTTP/2 (its preface, an `Upgrade`) and CONNECT is refused before Hypercorn acts on it; whatever waits has a limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+import trio
+
+from hbone.config import KIB, MIB, between
+from hbone.daemon.logs import get_logger
+from hbone.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from hypercorn.config import Config
+    from hypercorn.trio.tcp_server import TCPServer
+    from hypercorn.typing import AppWrapper
+
+__all__ = ["App", "HttpLimits", "Receive", "Scope", "Send", "serve_asgi", "unix_listener"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_log = get_logger("hbone.daemon.http")
+_OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+
+
+@attrs.frozen(kw_only=True)
+class HttpLimits:
+    """What one peer may cost the process."""
+
+    connections: int = attrs.field(default=100, validator=between(1, 100_000))
+    """Open at once; one more is closed at once."""
+    header_bytes: int = attrs.field(default=16 * KIB, validator=between(1 * KIB, MIB))
+    """Request line and header fields, in bytes."""
+    body_bytes: int = attrs.field(default=MIB, validator=between(0, 1 << 40))
+    """Request body, in bytes; more is answered with 413."""
+    idle_seconds: float = attrs.field(default=10.0, validator=between(0.1, 3600))
+    """From connect, or the last response, to the end of the next request's head."""
+    read_seconds: float = attrs.field(default=10.0, validator=between(0.1, 3600))
+    """Between two reads of a request's body."""
+    write_seconds: float = attrs.field(default=30.0, validator=between(0.1, 3600))
+    """For the peer to take one chunk of a response."""
+    request_seconds: float = attrs.field(default=60.0, validator=between(0.1, 86_400))
+    """For the application to answer one request."""
+    requests: int = attrs.field(default=1000, validator=between(1, 1_000_000))
+    """On one connection."""
+
+
+async def serve_asgi(
+    app: App,
+    listeners: Sequence[trio.SocketListener],
+    *,
+    limits: HttpLimits | None = None,
+    hosts: Collection[str] | None = None,
+    task_status: trio.TaskStatus[Sequence[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve an ASGI application until cancelled; closes the listeners then, and every connection.
+
+    Args:
+        app: takes `http` scopes only; there is no lifespan and no websocket.
+        listeners: TCP or Unix sockets, listening already.
+        limits: what one peer may cost.
+        hosts: check that `Host` (and `Origin`, when sent) is loopback, an IP address or one of these names. Set it for
+            pages that trust the loopback address, because a web site can point its own name there. None: no check.
+        task_status: is given the listeners once connections are accepted.
+    """
+    await _Server(app, limits or HttpLimits(), hosts).run(listeners, task_status)
+
+
+def unix_listener(path: str | os.PathLike[str], *, mode: int = 0o600, backlog: int = 64) -> trio.SocketListener:
+    """Listen on a Unix socket that appears with its final mode; a stale one of a dead process is replaced.
+
+    Raises:
+        ConfigurationError: something else stands there, a live process listens there, or the path is too long.
+    """
+    target = Path(path)
+    name = str(target)
+    if len(os.fsencode(name)) > 100:  # sun_path is 108 bytes, and a suffix is added for a moment
+        raise ConfigurationError(f"socket path {name!r} is longer than 100 bytes; choose a shorter directory")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(target.lstat().st_mode):
+            raise ConfigurationError(f"{name!r} exists and is not a socket; remove it or choose another path")
+        if _answers(name):
+            raise ConfigurationError(f"another process listens on {name!r}; stop it first")
+    bound = Path(f"{name}.new")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        bound.unlink(missing_ok=True)
+        sock.bind(str(bound))
+        bound.chmod(mode)
+        sock.listen(backlog)
+        bound.rename(target)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    except OSError as error:
+        sock.close()
+        with contextlib.suppress(OSError):
+            bound.unlink(missing_ok=True)
+        raise ConfigurationError(f"cannot listen on {name!r}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            return error.errno == errno.EAGAIN  # its backlog is full: alive
+    return True
+
+
+class _Server:
+    """The accept loops and the connections of one `serve_asgi`."""
+
+    def __init__(self, app: App, limits: HttpLimits, hosts: Collection[str] | None) -> None:
+        self._limits = limits
+        self._app = _GuardedApp(app, limits, hosts)
+        self._open: set[_BoundedStream] = set()
+
+    async def run(
+        self,
+        listeners: Sequence[trio.SocketListener],
+        task_status: trio.TaskStatus[Sequence[trio.SocketListener]],
+    ) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                for listener in listeners:
+                    nursery.start_soon(self._accept, listener, nursery)
+                task_status.started(listeners)
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    # Hypercorn shields its sends: without this, a peer that does not read would delay the end.
+                    for stream in self._open:
+                        stream.socket.close()
+        finally:
+            for listener in listeners:
+                listener.socket.close()
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                accepted = await listener.accept()
+            except OSError as error:
+                if error.errno not in _OUT_OF_DESCRIPTORS:
+                    raise
+                _log.error("cannot accept", error=(error.strerror or "").lower())
+                await trio.sleep(0.1)
+                continue
+            if len(self._open) >= self._limits.connections:
+                accepted.socket.close()
+                continue
+            stream = _BoundedStream(accepted, self._limits.write_seconds)
+            self._open.add(stream)
+            nursery.start_soon(self._serve, stream)
+
+    async def _serve(self, stream: _BoundedStream) -> None:
+        try:
+            if await self._is_http1(stream):
+                await _connection(self._app, stream, self._limits)
+        except Exception as error:
+            _log.debug("connection failed", error=repr(error))
+        except BaseExceptionGroup as group:
+            _, others = group.split(Exception)  # ours is cancelled while it also failed
+            if others is not None:
+                raise others from None
+        finally:
+            self._open.discard(stream)
+            stream.socket.close()
+
+    async def _is_http1(self, stream: _BoundedStream) -> bool:
+        """Wait for the first bytes; False when they can only begin HTTP/2 or are no request at all."""
+        with trio.move_on_after(self._limits.idle_seconds):
+            first = await stream.peek(4)
+            return bool(first) and not first.startswith(b"PRI ")
+        return False
+
+
+class _BoundedStream(trio.abc.HalfCloseableStream):
+    """A socket stream whose sends have a deadline, and whose first bytes can be looked at."""
+
+    def __init__(self, stream: trio.SocketStream, write_seconds: float) -> None:
+        self._stream = stream
+        self._write_seconds = write_seconds
+        self._early = b""
+        self.socket = stream.socket
+
+    async def peek(self, nbytes: int) -> bytes:
+        while len(self._early) < nbytes:
+            more = await self._stream.receive_some(4096)
+            if not more:
+                break
+            self._early += more
+        return self._early
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self._early:
+            early, self._early = self._early, b""
+            await trio.lowlevel.checkpoint()
+            return early
+        return bytes(await self._stream.receive_some(max_bytes))
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            with trio.fail_after(self._write_seconds):
+                await self._stream.send_all(data)
+        except trio.TooSlowError:
+            self.socket.close()
+            raise trio.BrokenResourceError("the peer did not read its response in time") from None
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class _Refused(Exception):
+    """The request was answered with an error by us; the connection ends."""
+
+
+class _TooLarge(Exception):
+    """The request's body is over the limit."""
+
+
+class _GuardedApp:
+    """The application, with its limits, in the form that Hypercorn calls."""
+
+    def __init__(self, app: App, limits: HttpLimits, hosts: Collection[str] | None) -> None:
+        self._app = app
+        self._limits = limits
+        self._hosts = None if hosts is None else {"localhost", *(host.lower() for host in hosts)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, *_: Any) -> None:
+        if scope["type"] != "http":
+            return
+        if self._hosts is not None and not _from_allowed_host(scope, self._hosts):
+            await _answer(send, 403, "this name is not served here; use localhost or the address\n")
+            return
+        started = False
+        left = self._limits.body_bytes
+
+        async def bounded_receive() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise _TooLarge
+            return message
+
+        async def noted_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        status, text = 500, "internal error\n"
+        with trio.move_on_after(self._limits.request_seconds) as scope_of_time:
+            try:
+                await self._app(scope, bounded_receive, noted_send)
+                return
+            except _TooLarge:
+                status, text = 413, f"the body is over {self._limits.body_bytes} bytes\n"
+            except Exception:
+                _log.exception("request failed", path=scope["path"])
+        if scope_of_time.cancelled_caught:
+            status, text = 504, f"no answer within {self._limits.request_seconds:g} seconds\n"
+        if started:
+            raise _Refused  # too late for a status: end the connection, so that the answer is seen to be cut
+        await _answer(send, status, text)
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    body = text.encode()
+    headers = [
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _from_allowed_host(scope: Scope, allowed: Collection[str]) -> bool:
+    """No web page of another origin made this request through a name of its own."""
+    hosts = [value for name, value in scope["headers"] if name == b"host"]
+    origins = [value for name, value in scope["headers"] if name == b"origin"]
+    if len(hosts) != 1 or len(origins) > 1 or not _is_allowed_name(hosts[0], allowed):
+        return False
+    if not origins:
+        return True
+    scheme, separator, rest = origins[0].partition(b"://")
+    return scheme in (b"http", b"https") and bool(separator) and _is_allowed_name(rest, allowed)
+
+
+def _is_allowed_name(authority: bytes, allowed: Collection[str]) -> bool:
+    try:
+        text = authority.decode("ascii").lower()
+    except UnicodeDecodeError:
+        return False
+    if text.startswith("["):
+        host, bracket, port = text[1:].partition("]")
+        if not bracket or (port and not port.startswith(":")):
+            return False
+    else:
+        host = text.partition(":")[0]
+    if host in allowed:
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True  # an address, so no name was pointed here by someone else
+
+
+async def _connection(app: _GuardedApp, stream: _BoundedStream, limits: HttpLimits) -> None:
+    """Let Hypercorn speak HTTP/1.1 on one connection."""
+    server_class, config = _hypercorn(limits)
+    from hypercorn.trio.worker_context import WorkerContext
+
+    await server_class(cast("AppWrapper", app), config, WorkerContext(None), {}, cast(Any, stream))
+
+
+def _hypercorn(limits: HttpLimits) -> tuple[type[TCPServer], Config]:
+    """Hypercorn's connection class, without what leads out of HTTP/1.1. Imported at first use: it costs 10 MB."""
+    global _server_class
+    from hypercorn.config import Config
+
+    if _server_class is None:
+        _server_class = _make_server_class()
+    config = Config()
+    config.accesslog = None
+    config.errorlog = None
+    config.include_server_header = False
+    config.h11_max_incomplete_size = limits.header_bytes
+    config.keep_alive_timeout = limits.idle_seconds
+    config.keep_alive_max_requests = limits.requests
+    config.read_timeout = limits.read_seconds  # type: ignore[assignment]  # used as seconds, a float too
+    return _server_class, config
+
+
+_server_class: type[TCPServer] | None = None
+
+
+def _make_server_class() -> type[TCPServer]:
+    from hypercorn.events import Closed
+    from hypercorn.protocol.h11 import H11Protocol
+    from hypercorn.trio.tcp_server import TCPServer
+
+    class Http1Only(H11Protocol):
+        """Answers what is no plain request with an error instead of changing the protocol."""
+
+        async def _check_protocol(self, event: Any) -> None:
+            names = {bytes(name).lower() for name, _ in event.headers}
+            if event.method == b"CONNECT" or event.method == b"PRI":
+                await self._refuse(405)
+            if b"upgrade" in names or b"http2-settings" in names:
+                await self._refuse(400)
+
+        async def _refuse(self, status: int) -> None:
+            await self._send_error_response(status)
+            await self.send(Closed())
+            raise _Refused
+
+    class Http1Server(TCPServer):
+        """Hypercorn's connection with that protocol in place."""
+
+        async def _read_data(self) -> None:
+            made = self.protocol
+            made.protocol = Http1Only(
+                made.app,
+                made.config,
+                made.context,
+                made.task_group,
+                made.state,
+                made.ssl,
+                made.client,
+                made.server,
+                made.send,
+            )
+            await super()._read_data()
+            await self.idle_task.stop()  # else a connection that has ended would stay until its idle time is over
+
+    return Http1Server
