@@ -24,7 +24,7 @@ import trio
 from hbone.errors import HboneError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 __all__ = ["Host", "HostsError", "LoopbackHost", "NamespaceHost", "hosts", "namespace_obstacle"]
 
@@ -52,11 +52,27 @@ def _run(command: Sequence[str], text: str | None = None) -> str:
     return done.stdout
 
 
-def capture_rules(outbound: int = 15001, inbound: int = 15006, hbone: int = 15008) -> str:
+def capture_rules(
+    outbound: int = 15001,
+    inbound: int = 15006,
+    hbone: int = 15008,
+    *,
+    bypass: Sequence[int] = (),
+    elsewhere: Mapping[int, int] | None = None,
+) -> str:
     """The nftables rules with which a host's TCP goes through its ztunnel, both ways.
 
     Ztunnel's own packets carry the mark and pass; so does everything on loopback. Apply it with `nft -f -`.
+
+    Args:
+        outbound: where captured outgoing connections go.
+        inbound: where captured incoming ones go.
+        hbone: the tunnel port, which is never captured.
+        bypass: destination ports that are left alone, both ways.
+        elsewhere: outgoing connections to these ports go to those local ports instead.
     """
+    passing = "".join(f"    tcp dport {port} accept\n" for port in bypass)
+    moved = "".join(f"    tcp dport {port} redirect to :{to}\n" for port, to in (elsewhere or {}).items())
     return f"""\
 table ip hbone {{
   chain output {{
@@ -64,13 +80,13 @@ table ip hbone {{
     oifname "lo" accept
     meta mark & 0xfff == {PACKET_MARK:#x} accept
     ip daddr 127.0.0.0/8 accept
-    ip protocol tcp redirect to :{outbound}
+{passing}{moved}    ip protocol tcp redirect to :{outbound}
   }}
   chain prerouting {{
     type nat hook prerouting priority -100; policy accept;
     iifname "lo" accept
     tcp dport {hbone} accept
-    ip protocol tcp redirect to :{inbound}
+{passing}    ip protocol tcp redirect to :{inbound}
   }}
 }}
 """
@@ -250,9 +266,9 @@ class NamespaceHost(Host):
         text = _run(self.command("cat", "/proc/net/tcp"))
         return [line.split() for line in text.splitlines()[1:]]
 
-    def capture(self) -> None:
-        """Send this host's TCP through its ztunnel."""
-        _run(self.command("nft", "-f", "-"), capture_rules())
+    def capture(self, *, bypass: Sequence[int] = (), elsewhere: Mapping[int, int] | None = None) -> None:
+        """Send this host's TCP through its ztunnel; see `capture_rules`."""
+        _run(self.command("nft", "-f", "-"), capture_rules(bypass=bypass, elsewhere=elsewhere))
         self.captured = True
 
     def tap(self) -> socket.socket:

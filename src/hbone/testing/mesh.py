@@ -98,8 +98,9 @@ class Daemon:
         return found
 
     async def until_logged(self, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
-        """The first log record that has all of `fields`; a string matches where it is contained,
-        a function where it says so.
+        """The first log record that has all of `fields`.
+
+        A string matches where it is contained, a function where it says so; `__` in a name stands for a dot.
 
         Raises:
             MeshError: none came within `timeout` seconds.

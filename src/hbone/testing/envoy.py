@@ -83,6 +83,7 @@ def config(
     max_frame: int = MIB,
     streams: int = 200,
     drain_after: int = 0,
+    bind: str = "127.0.0.1",
 ) -> dict[str, Any]:
     """Envoy's bootstrap.
 
@@ -95,6 +96,7 @@ def config(
         max_frame: SETTINGS_MAX_FRAME_SIZE that Envoy announces, in bytes.
         streams: SETTINGS_MAX_CONCURRENT_STREAMS that Envoy announces.
         drain_after: streams after which Envoy drains a tunnel with GOAWAY; 0 never.
+        bind: address that both listeners bind.
     """
     settings = [{"identifier": 5, "value": max_frame}]
     http2 = {
@@ -140,7 +142,7 @@ def config(
         manager["common_http_protocol_options"] = {"max_requests_per_connection": drain_after}
     terminate = {
         "name": "terminate",
-        "address": _address("127.0.0.1", ports.hbone),
+        "address": _address(bind, ports.hbone),
         "filter_chains": [
             {
                 "transport_socket": {
@@ -157,7 +159,7 @@ def config(
     }
     originate = {
         "name": "originate",
-        "address": _address("127.0.0.1", ports.outbound),
+        "address": _address(bind, ports.outbound),
         "filter_chains": [
             {
                 "filters": [

@@ -1,0 +1,1 @@
+"""Measures our proxies beside others: same machine, same run, taking turns."""

@@ -1,0 +1,79 @@
+"""What goes on when a part of the mesh is away."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from tests.support.shop import DENY_ALL, ECHO, echo, kinds, shop, until
+from tests.support.sizes import size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hbone.testing.mesh import Mesh
+
+
+async def _answered(running: Mesh) -> bool:
+    return await echo(running) == b"hello"
+
+
+async def _refused(running: Mesh) -> bool:
+    return await echo(running) == b""
+
+
+@kinds
+async def test_traffic_goes_on_without_the_control_plane(tmp_path: Path, namespaces: bool) -> None:
+    async with shop(tmp_path, namespaces=namespaces) as running:
+        stream = await running.connect("alpha", running.hosts["beta"].address, ECHO)
+        await running.control.stop(signal.SIGKILL)
+        await stream.send_all(b"still")
+        assert await stream.receive_some() == b"still"
+        await stream.aclose()
+        assert await echo(running) == b"hello"
+        for ztunnel in running.ztunnels.values():  # both ends forget everything that is not on disk
+            await ztunnel.stop(signal.SIGKILL)
+            ztunnel.start()
+            await ztunnel.until_ready()
+        assert await until(lambda: _answered(running))
+        await running.start_control_plane()
+        running.apply("closed", DENY_ALL)
+        assert await until(lambda: _refused(running), seconds=30)
+
+
+@kinds
+async def test_a_policy_outlives_a_restart_without_the_control_plane(tmp_path: Path, namespaces: bool) -> None:
+    async with shop(tmp_path, namespaces=namespaces, documents={"closed": DENY_ALL}) as running:
+        assert await echo(running) == b""
+        await running.control.stop(signal.SIGKILL)
+        beta = running.ztunnels["beta"]
+        await beta.stop(signal.SIGKILL)
+        beta.start()
+        await beta.until_ready()
+        assert await echo(running) == b""
+
+
+@kinds
+@pytest.mark.timeout(300)
+async def test_certificates_rotate_under_load_and_no_connection_fails(tmp_path: Path, namespaces: bool) -> None:
+    short = {"SECRET_TTL": "4s", "POOL_UNUSED_RELEASE_TIMEOUT": "1s", "POOL_MAX_STREAMS_PER_CONNECTION": "4"}
+    async with shop(tmp_path, namespaces=namespaces, environment=short) as running:
+        failed = done = 0
+        with trio.move_on_after(size(60, 12)):
+            while True:
+                async with trio.open_nursery() as nursery:
+
+                    async def one() -> None:
+                        nonlocal failed, done
+                        back = await echo(running)
+                        done += 1
+                        failed += back != b"hello"
+
+                    for _ in range(8):
+                        nursery.start_soon(one)
+        assert done > 50
+        assert failed == 0
+        rotated = [record for record in running.ztunnels["alpha"].records() if "svid_rotated" in str(record)]
+        assert len(rotated) >= 3
