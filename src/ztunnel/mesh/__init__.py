@@ -1,0 +1,55 @@
+"""Pure decisions about connections: no sockets, no clocks, no event loop."""
+
+from ztunnel.mesh.address import (
+    Address,
+    GatewayAddress,
+    IpAddress,
+    IpNetwork,
+    NamespacedHostname,
+    NetworkAddress,
+    RejectedResource,
+    is_loopback,
+    parse_ip,
+)
+from ztunnel.mesh.policy import Authorization
+from ztunnel.mesh.rbac import Connection, Decision, decide
+from ztunnel.mesh.service import Endpoint, Service
+from ztunnel.mesh.store import (
+    ADDRESS_TYPE,
+    AUTHORIZATION_TYPE,
+    Change,
+    Restored,
+    SnapshotError,
+    Store,
+    decode_address,
+    decode_policy,
+)
+from ztunnel.mesh.workload import Protocol, Workload
+
+__all__ = [
+    "ADDRESS_TYPE",
+    "AUTHORIZATION_TYPE",
+    "Address",
+    "Authorization",
+    "Change",
+    "Connection",
+    "Decision",
+    "Endpoint",
+    "GatewayAddress",
+    "IpAddress",
+    "IpNetwork",
+    "NamespacedHostname",
+    "NetworkAddress",
+    "Protocol",
+    "RejectedResource",
+    "Restored",
+    "Service",
+    "SnapshotError",
+    "Store",
+    "Workload",
+    "decide",
+    "decode_address",
+    "decode_policy",
+    "is_loopback",
+    "parse_ip",
+]
