@@ -1,0 +1,1 @@
+"""What tests of HBONE programs need: certificates of every kind, joined ends, frame builders, hosts."""
