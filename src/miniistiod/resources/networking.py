@@ -1,0 +1,312 @@
+"""ServiceEntry, WorkloadEntry, and the useful part of Kubernetes' Service and Namespace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from miniistiod.resources import metadata as common
+from miniistiod.resources.model import (
+    Endpoint,
+    KubernetesService,
+    Metadata,
+    Namespace,
+    Resolution,
+    ServiceEntry,
+    ServicePort,
+    WorkloadEntry,
+)
+
+if TYPE_CHECKING:
+    from miniistiod.resources.reader import IpAddress, IpNetwork, Reader
+
+__all__ = ["TRAFFIC_DISTRIBUTION", "TUNNEL_LABEL", "namespace", "service", "service_entry", "workload_entry"]
+
+TUNNEL_LABEL = "networking.istio.io/tunnel"
+REDIRECTION_ANNOTATION = "ambient.istio.io/redirection"
+TRAFFIC_DISTRIBUTION = "networking.istio.io/traffic-distribution"
+_PROTOCOLS = frozenset(("HTTP", "HTTPS", "HTTP2", "GRPC", "GRPC-WEB", "MONGO", "MYSQL", "REDIS", "TCP", "TLS", "UDP"))
+_DISTRIBUTIONS = frozenset(("preferclose", "prefersamezone", "prefersamenode", "any"))
+_MAX_WEIGHT = 2**32 - 1
+
+
+def namespace(reader: Reader, meta: Metadata) -> Namespace:
+    """A namespace: only its labels and annotations count."""
+    reader.ignore("spec", "status")
+    common.refuse_waypoint(reader, meta)
+    _check_distribution(reader, meta)
+    return Namespace(meta=meta)
+
+
+def workload_entry(reader: Reader, meta: Metadata) -> WorkloadEntry | None:
+    """A machine."""
+    reader.ignore("status")
+    spec = reader.mapping("spec")
+    if spec is None:
+        reader.require("spec", "add spec with the machine's address")
+        return None
+    endpoint = _endpoint(spec)
+    common.refuse_waypoint(reader, meta)
+    spec.finish()
+    if endpoint is None:
+        return None
+    tunnelled = "http" in meta.labels.get(TUNNEL_LABEL, "").split(",")
+    if not tunnelled and meta.annotations.get(REDIRECTION_ANNOTATION) != "enabled":
+        reader.warning(
+            meta.line,
+            f"WorkloadEntry {meta.namespace}/{meta.name} is reached in plaintext until its ztunnel has connected",
+            f"if it runs one, add the label {TUNNEL_LABEL}: http",
+        )
+    return WorkloadEntry(meta=meta, endpoint=endpoint)
+
+
+def _endpoint(reader: Reader) -> Endpoint | None:
+    line = reader.line
+    text, network = reader.text("address") or "", reader.text("network") or ""
+    ports, labels = reader.port_map("ports"), reader.string_map("labels")
+    locality = reader.text("locality") or ""
+    weight = reader.integer("weight", 0, _MAX_WEIGHT) or 0
+    account = reader.text("serviceAccount") or ""
+    if account and not common.is_object_name(account):
+        reader.error(
+            line, f"{reader.field('serviceAccount')} is {account!r}", "use lower case letters, digits, '-', '.'"
+        )
+    if locality.count("/") > 2:
+        reader.error(line, f"{reader.field('locality')} is {locality!r}", "write region/zone/subzone")
+    address: IpAddress | str = ""
+    if text.startswith("unix:"):
+        reader.error(line, f"{reader.field('address')} is {text!r}, a Unix socket", "only IP addresses are reachable")
+        return None
+    if text:
+        try:
+            address = common.ip_address(text)
+        except ValueError as error:
+            try:
+                address = common.host_name(text)
+            except ValueError:
+                address = text
+            if address is text or text[-1:].isdigit() or ":" in text:
+                reader.error(line, f"{reader.field('address')} is {text!r}: {error}", "or write a host name")
+                return None
+    elif not network:
+        reader.error(line, f"{reader.field('address')} is missing", "write an IP address or host name, or a network")
+        return None
+    return Endpoint(
+        address=address,
+        ports=ports,
+        labels=labels,
+        network=network,
+        locality=locality,
+        weight=weight,
+        service_account=account,
+    )
+
+
+def service_entry(reader: Reader, meta: Metadata) -> ServiceEntry | None:
+    """A service by host names, with its endpoints or the labels of them."""
+    status = _status_addresses(reader)
+    spec = reader.mapping("spec")
+    if spec is None:
+        reader.require("spec", "add spec with hosts and ports")
+        return None
+    line = spec.line
+    hosts = spec.texts("hosts", lambda text: common.host_name(text, wildcard=True)) or ()
+    addresses = spec.texts("addresses", _virtual_address) or ()
+    ports = _ports(spec, hosts)
+    resolution = Resolution(spec.choice("resolution", {item.value for item in Resolution}) or "NONE")
+    spec.choice("location", {"MESH_INTERNAL", "MESH_EXTERNAL"})
+    _export_to(spec)
+    sans = spec.texts("subjectAltNames", _subject) or ()
+    selector = common.selector(spec, "workloadSelector", "labels")
+    endpoints: list[Endpoint] = []
+    for item in spec.readers("endpoints") or ():
+        endpoint = _endpoint(item)
+        item.finish()
+        if endpoint is None:
+            continue
+        if any(other.address == endpoint.address for other in endpoints):
+            item.error(
+                item.line,
+                f"{item.path} has the address {endpoint.address} of another endpoint of this ServiceEntry",
+                "keep one of them, or make two ServiceEntries",
+            )
+        endpoints.append(endpoint)
+    spec.finish()
+    common.refuse_waypoint(reader, meta)
+    _check_distribution(reader, meta)
+    if not hosts:
+        spec.error(line, "spec.hosts names no host", "name at least one, for example orders.mesh")
+    for host in {host for host in hosts if hosts.count(host) > 1}:
+        spec.error(line, f"spec.hosts names {host!r} twice", "keep one of them")
+    if selector is not None and endpoints:
+        spec.error(line, "spec has both endpoints and workloadSelector", "keep one of them")
+    if resolution is Resolution.NONE and (endpoints or selector):
+        spec.error(
+            line,
+            "spec.resolution NONE means the address that was dialled, but endpoints are given",
+            "set resolution: STATIC, or remove the endpoints",
+        )
+    if resolution is Resolution.DYNAMIC_DNS:
+        spec.error(line, "spec.resolution DYNAMIC_DNS needs a waypoint, which is not built yet", "use DNS or STATIC")
+    if resolution is Resolution.STATIC and not endpoints and selector is None:
+        spec.warning(line, "spec.resolution is STATIC without any endpoint", "add endpoints or a workloadSelector")
+    if resolution in (Resolution.DNS, Resolution.DNS_ROUND_ROBIN) and not endpoints and selector is None:
+        for host in hosts:
+            if host.startswith("*."):
+                spec.warning(line, f"the wildcard {host!r} cannot be resolved by DNS", "name its hosts one by one")
+    return ServiceEntry(
+        meta=meta,
+        hosts=hosts,
+        addresses=addresses,
+        ports=ports,
+        resolution=resolution,
+        endpoints=tuple(endpoints),
+        selector=selector,
+        subject_alt_names=sans,
+        status_addresses=status,
+    )
+
+
+def _virtual_address(text: str) -> IpAddress | IpNetwork:
+    network = common.ip_or_network(text)
+    return network.network_address if network.prefixlen == network.max_prefixlen else network
+
+
+def _subject(text: str) -> str:
+    if not text:
+        raise ValueError("empty; write a SPIFFE ID, for example spiffe://cluster.local/ns/shop/sa/orders")
+    return text
+
+
+def _export_to(spec: Reader) -> None:
+    for path, item in spec.elements("exportTo") or ():
+        text = spec.as_text(item, path)
+        if text not in (None, "*"):
+            spec.error(
+                item.line,
+                f"{path} is {text!r}, which is not enforced: every ztunnel sees every service",
+                "remove exportTo, and use an AuthorizationPolicy to say who may connect",
+            )
+
+
+def _ports(spec: Reader, hosts: tuple[str, ...]) -> tuple[ServicePort, ...]:
+    ports: list[ServicePort] = []
+    for item in spec.readers("ports") or ():
+        if not item.has("number"):
+            item.require("number", "give the port a number")
+        number = item.integer("number", 1, 65_535)
+        name, protocol = item.text("name") or "", item.text("protocol") or ""
+        target = item.integer("targetPort", 1, 65_535)
+        item.finish()
+        if number is None:
+            continue
+        if not name:
+            item.require("name", "give the port a name")
+        if protocol and protocol.upper() not in _PROTOCOLS:
+            item.error(
+                item.line, f"{item.field('protocol')} is {protocol!r}", f"write one of {', '.join(sorted(_PROTOCOLS))}"
+            )
+        if protocol.upper() == "UDP":
+            item.warning(item.line, f"{item.path} is UDP, which the mesh does not carry", "it goes past the mesh")
+        for other in ports:
+            if other.number == number or (name and other.name == name):
+                item.error(item.line, f"{item.path} repeats port {number} or name {name!r}", "keep one of them")
+                break
+        ports.append(ServicePort(number=number, name=name, protocol=protocol, target=target))
+    if not ports and hosts and spec.path == "spec":
+        spec.error(
+            spec.line, "spec.ports names no port", "name at least one, as {number: 80, name: http, protocol: HTTP}"
+        )
+    return tuple(ports)
+
+
+def _status_addresses(reader: Reader) -> tuple[tuple[str, IpAddress], ...]:
+    """Virtual addresses that Istio allotted, so that a mesh can move here without changing them."""
+    status = reader.mapping("status")
+    if status is None:
+        return ()
+    found: list[tuple[str, IpAddress]] = []
+    for item in status.readers("addresses") or ():
+        host, value = item.text("host"), item.text("value")
+        if host is None or value is None:
+            continue
+        try:
+            found.append((host.lower(), common.ip_address(value)))
+        except ValueError as error:
+            item.error(item.line, f"{item.field('value')} is {value!r}: {error}", "or remove status")
+    return tuple(found)
+
+
+def _check_distribution(reader: Reader, meta: Metadata) -> None:
+    value = meta.annotations.get(TRAFFIC_DISTRIBUTION)
+    if value is not None and value.lower() not in _DISTRIBUTIONS:
+        reader.warning(
+            meta.line,
+            f"the annotation {TRAFFIC_DISTRIBUTION} is {value!r}, which means any endpoint",
+            "write PreferClose, PreferSameZone, PreferSameNode or Any",
+        )
+
+
+def service(reader: Reader, meta: Metadata) -> KubernetesService | None:
+    """A Kubernetes Service with a selector over WorkloadEntries."""
+    reader.ignore("status")
+    spec = reader.mapping("spec")
+    if spec is None:
+        reader.require("spec", "add spec with ports and a selector")
+        return None
+    line = spec.line
+    kind = spec.text("type")
+    if kind not in (None, "ClusterIP"):
+        spec.error(line, f"spec.type is {kind!r}, which has no meaning without Kubernetes", "use ClusterIP")
+    ports: list[ServicePort] = []
+    for item in spec.readers("ports") or ():
+        if not item.has("port"):
+            item.require("port", "give the port a number")
+        number = item.integer("port", 1, 65_535)
+        name, app = item.text("name") or "", item.text("appProtocol")
+        transport = item.choice("protocol", {"TCP", "UDP", "SCTP"}) or "TCP"
+        target = _target_port(item)
+        item.finish()
+        if number is None:
+            continue
+        if transport != "TCP":
+            item.error(item.line, f"{item.path} is {transport}, which the mesh does not carry", "remove the port")
+        protocol = app.removeprefix("kubernetes.io/") if app else name.split("-")[0]
+        ports.append(ServicePort(number=number, name=name, protocol=protocol, target=target))
+    if not ports:
+        spec.error(line, "spec.ports names no port", "name at least one, as {port: 80, name: http}")
+    addresses: list[IpAddress] = []
+    single = spec.text("clusterIP")
+    for text in dict.fromkeys(([single] if single else []) + list(spec.texts("clusterIPs", str) or ())):
+        if text in ("None", ""):
+            continue
+        try:
+            addresses.append(common.ip_address(text))
+        except ValueError as error:
+            spec.error(line, f"spec.clusterIP is {text!r}: {error}", "or None for a service without one")
+    labels = spec.string_map("selector")
+    publish = spec.boolean("publishNotReadyAddresses") or False
+    local = spec.choice("internalTrafficPolicy", {"Cluster", "Local"}) == "Local"
+    distribution = spec.text("trafficDistribution")
+    spec.ignore("ipFamilies", "ipFamilyPolicy")
+    spec.choice("sessionAffinity", {"None"})
+    spec.finish()
+    common.refuse_waypoint(reader, meta)
+    _check_distribution(reader, meta)
+    return KubernetesService(
+        meta=meta,
+        addresses=tuple(addresses),
+        ports=tuple(ports),
+        selector=labels or None,
+        publish_not_ready=publish,
+        internal_local=local,
+        traffic_distribution=distribution,
+    )
+
+
+def _target_port(item: Reader) -> int | str | None:
+    value = item.take("targetPort")
+    if value is None:
+        return None
+    if getattr(value, "kind", "") == "text":
+        return item.as_text(value, item.field("targetPort"))
+    return item.as_integer(value, item.field("targetPort"), 1, 65_535)
