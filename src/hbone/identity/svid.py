@@ -241,8 +241,8 @@ class ServerCertificate:
         IdentityError: key and certificate don't belong together, or the chain is out of order.
     """
 
-    chain: tuple[x509.Certificate, ...] = attrs.field(converter=_without_roots)
-    """Leaf first, without the root."""
+    chain: tuple[x509.Certificate, ...] = attrs.field(converter=tuple)
+    """Leaf first. A root at its end is sent too: a host that enrols knows its hash only, and finds it there."""
     key: PrivateKey = attrs.field(repr=False)
 
     def __attrs_post_init__(self) -> None:
