@@ -1,0 +1,1 @@
+"""Every byte of every connection: listeners, tunnels, relays, on one epoll."""

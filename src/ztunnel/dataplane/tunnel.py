@@ -1,0 +1,577 @@
+"""An Endpoint on a socket, and the streams on it: the adapter of `hbone.endpoint` to the reactor.
+
+Each callback reads at most twice, and every layer is called plainly: socket -> TLS -> engine -> the stream's sink,
+which is the relay's `deliver`. What the streams of one turn send leaves in one record run and one `send`.
+
+When the socket takes no more, the ciphertext that was left over is `_pending`, streams stop reading from their apps
+and wait in `_waiting`; the same when a window is used up. They are served in turn, the ones that got nothing first.
+"""
+
+from __future__ import annotations
+
+import collections
+import select
+from typing import TYPE_CHECKING, Final, Protocol
+
+from hbone.errors import ErrorCode, HboneError, RemoteProtocolError
+from hbone.events import (
+    ConnectAccepted,
+    ConnectReceived,
+    ConnectRefused,
+    HandshakeCompleted,
+    PeerDraining,
+    PingAcknowledged,
+    SendCapacityIncreased,
+    StreamEnded,
+    StreamReset,
+    TransportEnded,
+)
+from hbone.tls import IoBuffer
+from ztunnel.dataplane.reactor import GONE, READ_WRITE, WRITE
+from ztunnel.dataplane.relay import CHUNK, READ_BUFFER
+from ztunnel.dataplane.sockets import DONTWAIT
+from ztunnel.errors import ConnectFailed, ConnectTimedOut, DataplaneError, Http2Failed, TlsFailed
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterable
+
+    from hbone.endpoint import Endpoint
+    from hbone.events import Event, Headers
+    from hbone.identity import SpiffeId
+    from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.dataplane.relay import Relay
+    from ztunnel.dataplane.sockets import SocketCalls
+    from ztunnel.mesh.address import Address
+
+__all__ = ["StreamEnd", "StreamUser", "Tunnel", "TunnelOwner"]
+
+_CIPHERTEXT: Final = IoBuffer(256 * 1024)
+_OUT: Final = IoBuffer(256 * 1024)
+_OUT_VIEW: Final = memoryview(_OUT.array)
+_READS: Final = 2
+_FLUSH_AT_ONCE: Final = 32 * 1024  # a chunk that large is sent while it is in the cache; smaller ones share a send
+_CONTROL_LIMIT: Final = (
+    1024 * 1024
+)  # frames of ours that a peer which does not read lets pile up before we stop reading
+_WAITING_LIMIT: Final = 256  # and twice the open streams: beyond that the closed ones are taken out
+_HANGUP: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_ANYTHING_ELSE: Final = ~WRITE
+
+
+class TunnelOwner(Protocol):
+    """Who dialled or accepted the tunnel."""
+
+    def tunnel_established(self, tunnel: Tunnel) -> None:
+        """The handshake is complete, the peer's identity verified."""
+
+    def tunnel_lost(self, tunnel: Tunnel, error: DataplaneError | None) -> None:
+        """It is closed, its streams were told. No error: it ended as it should."""
+
+    def tunnel_draining(self, tunnel: Tunnel) -> None:
+        """The peer takes no further stream."""
+
+    def tunnel_alive(self, tunnel: Tunnel) -> None:
+        """A PING was answered."""
+
+    def stream_finished(self, tunnel: Tunnel) -> None:
+        """One stream less."""
+
+    def connect_received(self, end: StreamEnd, headers: Headers) -> None:
+        """Server: somebody asks for a stream; set `end.user`, and answer by `end.accept` or `end.reject`."""
+
+
+class StreamUser(Protocol):
+    """Whose stream it is."""
+
+    def stream_accepted(self, headers: Headers) -> None:
+        """Client: 200."""
+
+    def stream_refused(self, status: int) -> None:
+        """Client: another status; the stream is closed."""
+
+    def stream_reset(self, code: ErrorCode, *, processed: bool) -> None:
+        """The peer ended the stream abruptly. Not processed: it may be tried on another tunnel."""
+
+    def stream_lost(self, error: DataplaneError) -> None:
+        """The tunnel ended under it."""
+
+
+class StreamEnd:
+    """One stream of a tunnel, as the far end of a relay."""
+
+    __slots__ = (
+        "_engine",
+        "_send_from",
+        "closed",
+        "ended",
+        "relay",
+        "sent_end",
+        "stream_id",
+        "tunnel",
+        "user",
+        "waits",
+    )
+
+    def __init__(self, tunnel: Tunnel, stream_id: int) -> None:
+        self.tunnel = tunnel
+        self.stream_id = stream_id
+        self.user: StreamUser | None = None
+        self.relay: Relay | None = None
+        self.closed = False
+        """Both directions ended, or it was reset."""
+        self.ended = False
+        """The peer sent END_STREAM."""
+        self.sent_end = False
+        self.waits = False
+        self._engine = tunnel.engine
+        self._send_from = tunnel.endpoint.send_from
+
+    # The far end of a relay
+
+    def room(self) -> int:
+        """Bytes that can be sent now; 0 puts it in the queue of those that wait."""
+        if not self.tunnel.blocked and not self.closed:
+            room = self._engine.send_capacity(self.stream_id)
+            if room > 0:
+                return room if room < CHUNK else CHUNK
+        self.tunnel.wait(self)
+        return 0
+
+    def take(self, nbytes: int) -> None:
+        """Send what the relay has read."""
+        self._send_from(self.stream_id, READ_BUFFER, nbytes)
+        tunnel = self.tunnel
+        if nbytes >= _FLUSH_AT_ONCE or len(self._engine.out) >= _SMALL_LIMIT:
+            tunnel.flush()
+        elif not tunnel.dirty:
+            tunnel.dirty = True
+            tunnel.reactor.dirty.append(tunnel)
+
+    def end(self) -> None:
+        """END_STREAM."""
+        if not self.closed:
+            self._engine.end_stream(self.stream_id)
+            self.sent_end = True
+            self.tunnel.mark_dirty()
+            if self.ended:
+                self.tunnel.forget(self)
+
+    def reset(self, code: ErrorCode) -> None:
+        """RST_STREAM."""
+        if not self.closed:
+            self._engine.reset(self.stream_id, code)
+            self.tunnel.mark_dirty()
+            self.tunnel.forget(self)
+
+    def credit(self, nbytes: int) -> None:
+        """The app took bytes that were kept."""
+        if not self.closed:
+            self._engine.release_capacity(self.stream_id, nbytes)
+            self.tunnel.mark_dirty()
+
+    # The server's answers
+
+    def accept(self, headers: Headers, relay: Relay) -> None:
+        """200; from here on the peer's bytes go to `relay`, those that came early at once."""
+        self.relay = relay
+        self._engine.accept(self.stream_id, headers, relay.deliver)
+        self.tunnel.mark_dirty()
+        if self.ended:
+            relay.finish()
+
+    def reject(self, status: int) -> None:
+        """Another status; the stream is closed."""
+        if not self.closed:
+            self._engine.reject(self.stream_id, status)
+            self.tunnel.mark_dirty()
+            self.tunnel.forget(self)
+
+
+class Tunnel:
+    """One tunnel connection, either side.
+
+    Args:
+        reactor: watches the socket.
+        calls: the socket calls.
+        sock: connecting, or accepted; closed by the tunnel.
+        endpoint: its TLS and HTTP/2.
+        owner: told what happens.
+        address: the other end.
+        connected: whether the socket is; a client's is on the way.
+    """
+
+    __slots__ = (
+        "_calls",
+        "_hangup",
+        "_owner",
+        "_pending",
+        "_queued",
+        "_recv_into",
+        "_sock",
+        "_waiting",
+        "address",
+        "blocked",
+        "closed",
+        "closing",
+        "connected",
+        "dirty",
+        "endpoint",
+        "engine",
+        "pinged_at",
+        "reactor",
+        "streams",
+    )
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        calls: SocketCalls,
+        sock: socket.SocketType,
+        endpoint: Endpoint,
+        owner: TunnelOwner,
+        address: Address,
+        *,
+        connected: bool,
+    ) -> None:
+        self.reactor = reactor
+        self.endpoint = endpoint
+        self.engine = endpoint.engine
+        self.address = address
+        self.connected = connected
+        self.closed = False
+        self.closing = False
+        """It ends, cleanly, when its last stream has."""
+        self.blocked = False
+        """The socket takes no more; `_pending` waits for it."""
+        self.dirty = False
+        """`flush` is called when the turn ends."""
+        self.streams: dict[int, StreamEnd] = {}
+        self.pinged_at: float | None = None
+        """When the pool asked whether it lives."""
+        self._calls = calls
+        self._owner = owner
+        self._sock = sock
+        self._recv_into = sock.recv_into
+        self._pending = bytearray()
+        self._waiting: collections.deque[StreamEnd] = collections.deque()
+        self._hangup = False
+        self._queued = False
+        reactor.add(sock.fileno(), self, READ_WRITE)
+        reactor.sweep(self)
+
+    @property
+    def peer(self) -> SpiffeId | None:
+        """Who is at the other end, verified."""
+        return self.endpoint.peer
+
+    @property
+    def established(self) -> bool:
+        """Whether the handshake is complete."""
+        return self.endpoint.established
+
+    # Verbs
+
+    def connect(self, headers: Headers, user: StreamUser, relay: Relay) -> StreamEnd:
+        """Client: ask for a stream.
+
+        Raises:
+            LocalProtocolError: the tunnel takes no further stream.
+        """
+        end = StreamEnd(self, self.engine.connect(headers, relay.deliver))
+        end.user = user
+        end.relay = relay
+        self.streams[end.stream_id] = end
+        if not self.dirty:
+            self.dirty = True
+            self.reactor.dirty.append(self)
+        return end
+
+    def ping(self) -> None:
+        """Ask whether the peer lives; the owner hears of the answer."""
+        self.pinged_at = self.reactor.now
+        self.engine.ping(self.reactor.now)
+        self.mark_dirty()
+
+    def drain(self) -> None:
+        """No further stream; closed when the last one ends. Source: RFC 9113 §6.8."""
+        if self.closed or self.closing:
+            return
+        self.closing = True
+        if self.established:
+            self.engine.drain(self.reactor.now)
+            self.mark_dirty()
+        else:
+            self.close()
+
+    def close(self, error: DataplaneError | None = None, *, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
+        """GOAWAY and close_notify, as far as the socket takes them; streams that are open are lost."""
+        if not self.closed:
+            if self.connected:
+                try:
+                    self.endpoint.close(code)
+                except HboneError:
+                    pass  # it is broken already, and says nothing further
+                self.flush()
+            self._lose(error)
+
+    def mark_dirty(self) -> None:
+        """Flush when the turn ends."""
+        if not self.dirty and not self.closed:
+            self.dirty = True
+            self.reactor.flush_later(self)
+
+    def wait(self, end: StreamEnd) -> None:
+        """Resume the relay of `end` when the tunnel takes bytes again."""
+        if not end.waits and not end.closed:
+            end.waits = True
+            self._waiting.append(end)
+            if len(self._waiting) > _WAITING_LIMIT + 2 * len(self.streams):
+                self._waiting = collections.deque(end for end in self._waiting if not end.closed)
+
+    def forget(self, end: StreamEnd) -> None:
+        """The stream is over."""
+        if not end.closed:
+            end.closed = True
+            self.streams.pop(end.stream_id, None)
+            self._owner.stream_finished(self)
+            if self.closing and not self.streams and self.engine.closed:
+                self.reactor.later(self.close)
+
+    # Socket
+
+    def on_event(self, mask: int) -> None:
+        """The socket can be read or written."""
+        if not self.connected:
+            self._connect_ended(mask)
+            return
+        if mask & WRITE and self.blocked:
+            self._write_pending()
+        if mask & _ANYTHING_ELSE:
+            if mask & _HANGUP:
+                self._hangup = True
+            if self.endpoint.established:
+                self.receive()
+            elif not self._queued:
+                self._queued = True
+                self.reactor.handshake(self.receive)
+
+    def on_fault(self) -> None:
+        """A fault of ours: the tunnel ends."""
+        if not self.closed:
+            self._lose(Http2Failed("internal error"))
+
+    def on_time(self, now: float) -> None:
+        """Deadlines: handshake, keepalive, drain."""
+        if self.closed:
+            return
+        events = self.endpoint.on_time(now)
+        if events:
+            self._handle(events)
+        if not self.closed and self.endpoint.wants_flush:
+            self.mark_dirty()
+
+    def receive(self) -> None:
+        """Read, decrypt, and give each stream its bytes."""
+        self._queued = False
+        endpoint = self.endpoint
+        for _ in range(_READS):
+            if self.closed:
+                return
+            try:
+                nbytes = self._recv_into(_CIPHERTEXT.view, 0, DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                self._lose(ConnectFailed(exc.strerror or str(exc)))
+                return
+            try:
+                if nbytes:
+                    events = endpoint.receive_from(_CIPHERTEXT, nbytes, self.reactor.now)
+                else:
+                    events = endpoint.receive_eof(self.reactor.now)
+            except HboneError as exc:
+                self._broken(exc)
+                return
+            if events:
+                self._handle(events)
+            if not self.dirty and endpoint.wants_flush and not self.closed:
+                self.dirty = True
+                self.reactor.flush_later(self)
+            if not nbytes:
+                self._lose(None if self.closing else ConnectFailed("the tunnel was closed"))
+                return
+            if nbytes < _CIPHERTEXT.size and not self._hangup:
+                return
+        self.reactor.later(self.receive)
+
+    def flush(self) -> None:
+        """Encrypt what is queued, and send."""
+        self.dirty = False
+        if self.blocked or self.closed or not self.connected:
+            return
+        into = self.endpoint.data_to_send_into
+        size = _OUT.size
+        while True:
+            nbytes = into(_OUT)
+            if not nbytes:
+                return
+            try:
+                sent = self._sock.send(_OUT_VIEW[:nbytes], DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError as exc:
+                self._lose_later(exc)
+                return
+            if sent < nbytes:
+                self._pending += _OUT_VIEW[sent:nbytes]
+                self.blocked = True
+                return
+            if nbytes < size:
+                return
+
+    def _write_pending(self) -> None:
+        pending = self._pending
+        try:
+            sent = self._sock.send(pending, DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self._lose_later(exc)
+            return
+        del pending[:sent]
+        if pending:
+            return
+        self.blocked = False
+        self.flush()
+        self._serve_waiting()
+
+    def _lose_later(self, exc: OSError) -> None:
+        """A relay may be in the middle of a read: it must not lose its stream under its feet."""
+        self.blocked = True
+        error = ConnectFailed(exc.strerror or str(exc))
+        self.reactor.later(lambda: self._lose(error))
+
+    def _connect_ended(self, mask: int) -> None:
+        if mask & GONE:
+            exc = self._calls.error_of(self._sock)
+            why = "connection closed" if exc is None else exc.strerror or str(exc)
+            self._lose(ConnectTimedOut(why) if isinstance(exc, TimeoutError) else ConnectFailed(why))
+        elif mask & WRITE:
+            self.connected = True
+            self.flush()
+
+    # Streams
+
+    def _serve_waiting(self) -> None:
+        """Let each stream that waits send once; those that got nothing stay in front."""
+        waiting = self._waiting
+        unserved: list[StreamEnd] = []
+        for _ in range(len(waiting)):
+            if self.blocked or self.closed:
+                break
+            end = waiting.popleft()
+            end.waits = False
+            relay = end.relay
+            if end.closed or relay is None:
+                continue
+            if not relay.resume() and end.waits:
+                waiting.pop()  # it has just been put at the back
+                unserved.append(end)
+        waiting.extendleft(reversed(unserved))
+
+    def _handle(self, events: Iterable[Event]) -> None:
+        streams = self.streams
+        arrived: list[tuple[StreamEnd, Headers]] = []
+        for event in events:
+            if isinstance(event, SendCapacityIncreased):
+                end = streams.get(event.stream_id)
+                if end is not None:
+                    if end.relay is not None:
+                        end.relay.resume()
+                elif event.stream_id == 0:
+                    self._serve_waiting()
+            elif isinstance(event, StreamEnded):
+                end = streams.get(event.stream_id)
+                if end is not None:
+                    self._stream_ended(end)
+            elif isinstance(event, ConnectAccepted):
+                end = streams.get(event.stream_id)
+                if end is not None and end.user is not None:
+                    end.user.stream_accepted(event.headers)
+            elif isinstance(event, ConnectReceived):
+                end = streams[event.stream_id] = StreamEnd(self, event.stream_id)
+                end.ended = event.ended
+                arrived.append((end, event.headers))
+            elif isinstance(event, StreamReset):
+                end = streams.get(event.stream_id)
+                if end is not None:
+                    self.forget(end)
+                    if end.user is not None:
+                        end.user.stream_reset(event.code, processed=event.processed)
+            elif isinstance(event, ConnectRefused):
+                end = streams.get(event.stream_id)
+                if end is not None:
+                    self.forget(end)
+                    if end.user is not None:
+                        end.user.stream_refused(event.status)
+            else:
+                self._connection_event(event)
+            if self.closed:
+                return
+        # Only now is it known which of them the same batch has reset: those are never dialled.
+        for end, headers in arrived:
+            if not end.closed:
+                self._owner.connect_received(end, headers)
+
+    def _connection_event(self, event: Event) -> None:
+        if isinstance(event, HandshakeCompleted):
+            self._owner.tunnel_established(self)
+        elif isinstance(event, PingAcknowledged):
+            if self.pinged_at is not None:
+                self.pinged_at = None
+                self._owner.tunnel_alive(self)
+        elif isinstance(event, PeerDraining):
+            self._owner.tunnel_draining(self)
+        elif isinstance(event, TransportEnded):
+            if event.clean:
+                self.close()
+            elif not self.connected:
+                self._lose(ConnectTimedOut(event.reason))
+            else:
+                self.close(Http2Failed(event.reason) if self.established else TlsFailed(event.reason))
+
+    def _stream_ended(self, end: StreamEnd) -> None:
+        end.ended = True
+        if end.sent_end:
+            self.forget(end)
+        if end.relay is not None:
+            end.relay.finish()
+
+    # The end
+
+    def _broken(self, exc: HboneError) -> None:
+        """The peer broke TLS or HTTP/2: the alert or GOAWAY is sent as far as the socket takes it."""
+        self.flush()
+        if isinstance(exc, RemoteProtocolError):
+            self._lose(Http2Failed(str(exc)))
+        else:
+            self._lose(TlsFailed(str(exc)))
+
+    def _lose(self, error: DataplaneError | None) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._pending.clear()
+        self._waiting.clear()
+        self.reactor.unsweep(self)
+        self.reactor.close(self._sock)
+        self.engine.connection_lost()
+        streams = list(self.streams.values())
+        self.streams.clear()
+        reason = error or Http2Failed("the tunnel was closed")
+        for end in streams:
+            end.closed = True
+            if end.user is not None:
+                end.user.stream_lost(reason)
+        self._owner.tunnel_lost(self, error)
