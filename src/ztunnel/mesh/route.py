@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Callable
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ from ztunnel.mesh.store import resolve_reference
 from ztunnel.mesh.workload import Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from hbone.identity import SpiffeId
     from ztunnel.mesh.address import Address, GatewayAddress, IpAddress
@@ -264,10 +263,10 @@ def _resolve(
 
     def then(ip: IpAddress) -> Tunnel | Plain | Refused:
         ip = canonical(ip)
-        if ip.is_unspecified or ip.is_multicast or ip.is_link_local or is_loopback(ip):
+        special = ip.is_unspecified or ip.is_multicast or ip.is_link_local or is_loopback(ip)
+        if special and store.workload_by_address(workload.network, ip) is None:
             # A name may not lead where an address may not, unless a workload is registered there.
-            if store.workload_by_address(workload.network, ip) is None:
-                return Refused(ResolutionFailed(workload.hostname, f"{ip} is no address of the mesh"))
+            return Refused(ResolutionFailed(workload.hostname, f"{ip} is no address of the mesh"))
         if service is not None and not service.ip_families.allows(ip):
             return Refused(ResolutionFailed(workload.hostname, f"{ip} is not of the service's address family"))
         return reach(ip)
@@ -393,11 +392,11 @@ def _choose(store: Store, source: Workload, service: Service, port: int, *, wayp
         for _, candidate, _ in candidates(store, source, service, port, waypoint=waypoint)
         if candidate is not None
     ]
-    if service.load_balancer is not None:
-        usable = _preferred(source, usable, service.load_balancer)
-    # Other networks need double HBONE, so they count only where there is nothing nearer.
+    # Other networks need double HBONE, so their endpoints count only where there is nothing nearer.
     near = [candidate for candidate in usable if candidate.workload.network == source.network]
-    remote = next((candidate.workload.network for candidate in usable), None) if not near else None
+    remote = usable[0].workload.network if usable and not near else None
+    if service.load_balancer is not None:
+        near = _preferred(source, near, service.load_balancer)
     weights = tuple(accumulate(candidate.workload.capacity for candidate in near))
     return _Choice(tuple(near), weights, remote)
 
