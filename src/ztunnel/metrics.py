@@ -1,0 +1,400 @@
+"""Counters under Istio's names. A connection finds its counters once; after that each is an addition.
+
+`Metrics` is also a collector of prometheus_client, so that a program that embeds us can register it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client.metrics_core import Metric
+
+from ztunnel.errors import ResponseFlag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+
+    from hbone.connect import Baggage
+
+    from hbone.identity import SpiffeId
+    from ztunnel.mesh.service import Service
+    from ztunnel.mesh.workload import Workload
+
+__all__ = ["MAX_SERIES", "Metrics", "Traffic"]
+
+MAX_SERIES: Final = 4096
+"""Label sets of connections that are told apart. Baggage of peers decides labels, and must not fill our memory."""
+
+_UNKNOWN: Final = "unknown"
+_SOURCE: Final = (
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+)
+_DESTINATION: Final = (
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    "destination_workload",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+)
+_LOCALITY: Final = ("source_region", "source_zone", "destination_region", "destination_zone")
+
+Labels = tuple[str, tuple[str, ...], tuple[str, ...], str, tuple[str, ...]]
+"""Reporter, source, destination, security policy, locality (empty when nothing is known)."""
+
+
+class Traffic:
+    """The counters of one label set; shared by all its connections.
+
+    `received` counts bytes from the downstream peer to the upstream, `sent` the others, for both reporters.
+    """
+
+    __slots__ = ("closed_by_flag", "failed_by_flag", "labels", "opened_count", "received_bytes", "sent_bytes")
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.opened_count = 0
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self.closed_by_flag: dict[ResponseFlag, int] = {}
+        self.failed_by_flag: dict[ResponseFlag, int] = {}
+
+    def opened(self) -> None:
+        """A connection's record was made."""
+        self.opened_count += 1
+
+    def received(self, nbytes: int) -> None:
+        """Bytes were written to the upstream."""
+        self.received_bytes += nbytes
+
+    def sent(self, nbytes: int) -> None:
+        """Bytes were written to the downstream peer."""
+        self.sent_bytes += nbytes
+
+    def closed(self, flag: ResponseFlag = ResponseFlag.NONE) -> None:
+        """A connection ended; with another flag than `-` it also counts as failed."""
+        self.closed_by_flag[flag] = self.closed_by_flag.get(flag, 0) + 1
+        if flag is not ResponseFlag.NONE:
+            self.failed_by_flag[flag] = self.failed_by_flag.get(flag, 0) + 1
+
+    def label_dict(self, flag: ResponseFlag) -> dict[str, str]:
+        """All labels in Istio's order."""
+        reporter, source, destination, policy, locality = self.labels
+        return {
+            "reporter": reporter,
+            **dict(zip(_SOURCE, source, strict=True)),
+            **dict(zip(_DESTINATION, destination, strict=True)),
+            "request_protocol": "tcp",
+            "response_flags": flag.value,
+            "connection_security_policy": policy,
+            **(dict(zip(_LOCALITY, locality, strict=True)) if locality else {}),
+        }
+
+
+class Metrics:
+    """All counters of one proxy.
+
+    Args:
+        version: Version label of `istio_build`.
+    """
+
+    def __init__(self, version: str = _UNKNOWN) -> None:
+        self._version = version
+        self._traffic: dict[Labels, Traffic] = {}
+        self._recent: dict[Hashable, Traffic] = {}
+        self._sockets: dict[str, int] = {}
+        self._overflow = 0
+        self._xds_ended: dict[str, int] = {}
+        self._xds_messages: dict[str, int] = {}
+        self._xds_bytes: dict[str, int] = {}
+        self._on_demand: dict[tuple[tuple[str, ...], str], int] = {}
+        self._policy_closed = 0
+        self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
+
+    # Counting
+
+    def connection(
+        self,
+        reporter: str,
+        source: Workload | None,
+        source_identity: SpiffeId | None,
+        destination: Workload | None,
+        service: Service | None,
+        destination_identity: SpiffeId | None = None,
+        security_policy: str = _UNKNOWN,
+        baggage: Baggage | None = None,
+    ) -> Traffic:
+        """The counters of a connection. Called once per connection.
+
+        Args:
+            reporter: `source` or `destination`.
+            source: The source's workload, if it was found.
+            source_identity: What the source proved in TLS, or our own identity in an outbound tunnel.
+            destination: The destination's workload.
+            service: The service meant.
+            destination_identity: Of the destination, if it is another than the workload's.
+            security_policy: `mutual_tls` or `unknown`.
+            baggage: What the source's proxy says about it; used when the source's workload was not found.
+        """
+        key = (reporter, source, source_identity, destination, service, destination_identity, security_policy, baggage)
+        found = self._recent.get(key)
+        if found is None:
+            labels = _labels(*key)
+            found = self._traffic.get(labels) or self._new(labels)
+            if len(self._recent) >= MAX_SERIES:
+                self._recent.clear()
+            self._recent[key] = found
+        return found
+
+    def _new(self, labels: Labels) -> Traffic:
+        if len(self._traffic) >= MAX_SERIES:
+            self._overflow += 1
+            labels = (labels[0], (_UNKNOWN,) * len(_SOURCE), (_UNKNOWN,) * len(_DESTINATION), _UNKNOWN, ())
+            if labels in self._traffic:
+                return self._traffic[labels]
+        traffic = self._traffic[labels] = Traffic(labels)
+        return traffic
+
+    def socket_opened(self, reporter: str) -> None:
+        """A connection was accepted."""
+        self._sockets[reporter] = self._sockets.get(reporter, 0) + 1
+
+    def socket_closed(self, reporter: str) -> None:
+        """An accepted connection is done with."""
+        self._sockets[reporter] = self._sockets.get(reporter, 0) - 1
+
+    def policy_closed(self) -> None:
+        """A live connection was closed by a change of policy."""
+        self._policy_closed += 1
+
+    def on_demand_dns(self, source: Workload, hostname: str) -> None:
+        """The host name of a workload was resolved for a connection."""
+        key = (_source_labels(source, source.identity), hostname)
+        if key in self._on_demand or len(self._on_demand) < MAX_SERIES:
+            self._on_demand[key] = self._on_demand.get(key, 0) + 1
+
+    def xds_message(self, url: str, nbytes: int) -> None:
+        """A response of discovery arrived, with `nbytes` of resources."""
+        self._xds_messages[url] = self._xds_messages.get(url, 0) + 1
+        self._xds_bytes[url] = self._xds_bytes.get(url, 0) + nbytes
+
+    def xds_terminated(self, reason: str) -> None:
+        """A stream of discovery ended: ConnectionError, Error, Reconnect or Complete."""
+        self._xds_ended[reason] = self._xds_ended.get(reason, 0) + 1
+
+    def add_gauge(self, name: str, meaning: str, read: Callable[[], float]) -> None:
+        """Show a value of another part of the program; `read` is called at each scrape."""
+        self._gauges[name] = (meaning, read)
+
+    # Showing
+
+    def collect(self) -> Iterator[Metric]:
+        """Families for prometheus_client; one without a sample is left out."""
+        for family in self._families():
+            if family.samples:
+                yield family
+
+    def describe(self) -> list[Metric]:
+        """Nothing in advance; tells prometheus_client not to collect at registration."""
+        return []
+
+    def exposition(self, accept: str | Iterable[str] = "") -> tuple[str, bytes]:
+        """Content type and body of a metrics page.
+
+        Args:
+            accept: Value or values of the request's Accept header.
+
+        Source: OpenMetrics 1.0; Istio's label order, which prometheus_client would sort.
+        """
+        values = [accept] if isinstance(accept, str) else list(accept)
+        items = [item.partition(";")[0].strip().lower() for value in values for item in value.split(",")]
+        open_metrics = "application/openmetrics-text" in items
+        content_type = (
+            "application/openmetrics-text;charset=utf-8;version=1.0.0" if open_metrics else "text/plain; charset=utf-8"
+        )
+        lines: list[str] = []
+        for family in self.collect():
+            lines.append(f"# HELP {family.name} {_escape_help(family.documentation)}.")
+            lines.append(f"# TYPE {family.name} {family.type}")
+            for sample in family.samples:
+                labels = ",".join(f'{name}="{_escape(value)}"' for name, value in sample.labels.items())
+                lines.append(f"{sample.name}{{{labels}}} {sample.value}" if labels else f"{sample.name} {sample.value}")
+        lines.append("# EOF\n")
+        return content_type, "\n".join(lines).encode()
+
+    def _families(self) -> Iterator[Metric]:
+        build = Metric("istio_build", "Istio component build info", "gauge")
+        build.add_sample("istio_build", {"component": "ztunnel", "tag": self._version}, 1)
+        yield build
+        yield from self._traffic_families()
+        sockets = Metric("istio_tcp_sockets_open", "Sockets that are open now (unstable)", "gauge")
+        for reporter, count in self._sockets.items():
+            sockets.add_sample("istio_tcp_sockets_open", {"reporter": reporter}, count)
+        yield sockets
+        dns = _counter("istio_on_demand_dns", "Host names of workloads resolved for connections (unstable)")
+        for (source, hostname), count in self._on_demand.items():
+            labels = {**dict(zip(_SOURCE, source, strict=True)), "hostname": hostname}
+            dns.add_sample("istio_on_demand_dns_total", labels, count)
+        yield dns
+        yield _by_label(
+            "istio_xds_connection_terminations", "Discovery streams that ended (unstable)", "reason", self._xds_ended
+        )
+        yield _by_label("istio_xds_message", "Discovery responses received (unstable)", "url", self._xds_messages)
+        yield _by_label(
+            "istio_xds_message_bytes", "Bytes of discovery resources received (unstable)", "url", self._xds_bytes
+        )
+        yield _single(
+            "ztunnel_policy_change_closures",
+            "Live connections closed by a change of policy (unstable)",
+            self._policy_closed,
+        )
+        yield _single(
+            "ztunnel_label_sets_merged",
+            "Connections counted under unknown labels because there are too many label sets (unstable)",
+            self._overflow,
+        )
+        for name, (meaning, read) in self._gauges.items():
+            gauge = Metric(name, f"{meaning} (unstable)", "gauge")
+            gauge.add_sample(name, {}, read())
+            yield gauge
+        yield from _process()
+
+    def _traffic_families(self) -> Iterator[Metric]:
+        opened = _counter("istio_tcp_connections_opened", "The total number of TCP connections opened")
+        closed = _counter("istio_tcp_connections_closed", "The total number of TCP connections closed")
+        failed = _counter("istio_tcp_connections_failed", "The total number of TCP connections that failed (unstable)")
+        received = _counter(
+            "istio_tcp_received_bytes", "The total number of bytes received from the client side of TCP connections"
+        )
+        sent = _counter("istio_tcp_sent_bytes", "The total number of bytes sent to the client side of TCP connections")
+        for traffic in self._traffic.values():
+            labels = traffic.label_dict(ResponseFlag.NONE)
+            opened.add_sample("istio_tcp_connections_opened_total", labels, traffic.opened_count)
+            received.add_sample("istio_tcp_received_bytes_total", labels, traffic.received_bytes)
+            sent.add_sample("istio_tcp_sent_bytes_total", labels, traffic.sent_bytes)
+            for flag, count in traffic.closed_by_flag.items():
+                closed.add_sample("istio_tcp_connections_closed_total", traffic.label_dict(flag), count)
+            for flag, count in traffic.failed_by_flag.items():
+                failed.add_sample("istio_tcp_connections_failed_total", traffic.label_dict(flag), count)
+        yield from (opened, closed, failed, received, sent)
+
+
+def _counter(name: str, documentation: str) -> Metric:
+    return Metric(name, documentation, "counter")
+
+
+def _single(name: str, documentation: str, value: int) -> Metric:
+    family = _counter(name, documentation)
+    family.add_sample(f"{name}_total", {}, value)
+    return family
+
+
+def _by_label(name: str, documentation: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = _counter(name, documentation)
+    for key, value in values.items():
+        family.add_sample(f"{name}_total", {label: key}, value)
+    return family
+
+
+def _process() -> Iterator[Metric]:
+    limit = Metric("process_max_fds", "Maximum number of open file descriptors", "gauge")
+    limit.add_sample("process_max_fds", {}, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    yield limit
+    fds = Metric("process_open_fds", "Number of open file descriptors", "gauge")
+    try:
+        fds.add_sample("process_open_fds", {}, len(os.listdir("/proc/self/fd")) - 1)  # less the listing's own
+    except OSError:
+        return  # no /proc: the family is left out
+    yield fds
+
+
+def _source_labels(
+    workload: Workload | None, identity: SpiffeId | None, baggage: Baggage | None = None
+) -> tuple[str, ...]:
+    principal = str(identity) if identity is not None else ""
+    if workload is not None:
+        values = _workload_labels(workload, principal)
+    elif baggage is not None:
+        values = (
+            baggage.workload_name or "",
+            baggage.service_name or "",
+            baggage.service_version or "",
+            baggage.namespace or "",
+            principal,
+            baggage.workload_name or "",  # as ztunnel has it, though the app is elsewhere the canonical name
+            baggage.service_version or "",
+            baggage.cluster or "",
+        )
+    else:
+        values = ("", "", "", "", principal, "", "", "")
+    return tuple(value or _UNKNOWN for value in values)
+
+
+def _workload_labels(workload: Workload, principal: str) -> tuple[str, ...]:
+    return (
+        workload.workload_name,
+        workload.canonical_name,
+        workload.canonical_revision,
+        workload.namespace,
+        principal,
+        workload.canonical_name,
+        workload.canonical_revision,
+        workload.cluster_id,
+    )
+
+
+def _labels(
+    reporter: str,
+    source: Workload | None,
+    source_identity: SpiffeId | None,
+    destination: Workload | None,
+    service: Service | None,
+    destination_identity: SpiffeId | None,
+    security_policy: str,
+    baggage: Baggage | None,
+) -> Labels:
+    if destination_identity is None and destination is not None:
+        destination_identity = destination.identity  # also for plaintext, as Istio has it
+    principal = str(destination_identity) if destination_identity is not None else ""
+    named = ("", "", "") if service is None else (service.hostname, service.namespace, service.name)
+    reached: tuple[str, ...] = ("", "", "", "", principal, "", "", "")
+    if destination is not None:
+        reached = _workload_labels(destination, principal)
+    locality: tuple[str, ...] = ()
+    if source is not None or destination is not None or baggage is not None:
+        here = ("", "")
+        if source is not None:
+            here = (source.locality.region, source.locality.zone)
+        elif baggage is not None:
+            here = (baggage.region or "", baggage.zone or "")
+        there = ("", "") if destination is None else (destination.locality.region, destination.locality.zone)
+        locality = tuple(value or _UNKNOWN for value in (*here, *there))
+    return (
+        reporter,
+        _source_labels(source, source_identity, baggage),
+        tuple(value or _UNKNOWN for value in (*named, *reached)),
+        security_policy,
+        locality,
+    )
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _escape_help(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n")
