@@ -42,7 +42,7 @@ _NAMES = {b":authority": b"\x01", b":method": b"\x02", b":status": b"\x08", b"fo
 """Literals without indexing, up to the value. Source: RFC 7541 §6.2.2, appendix A."""
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_BAD_VALUE = re.compile(rb"[\0\r\n]|\A[ \t]|[ \t]\Z")
+_BLANKS = b" \t"
 _STATUS = re.compile(rb"[1-9][0-9][0-9]")
 _CONNECTION_FIELDS = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path"})
@@ -59,7 +59,10 @@ class HeaderBlock:
 
 def list_size(headers: Iterable[tuple[bytes, bytes]]) -> int:
     """Size of a header list in bytes. Source: RFC 9113 §6.5.2."""
-    return sum([len(name) + len(value) + FIELD_OVERHEAD for name, value in headers])
+    size = 0
+    for name, value in headers:
+        size += len(name) + len(value) + FIELD_OVERHEAD
+    return size
 
 
 class BlockEncoder:
@@ -94,7 +97,7 @@ class BlockEncoder:
             prefix = _NAMES.get(name)
             if prefix is None:
                 prefix = b"\x00" + bytes(encode_integer(len(name), 7)) + name
-                if len(name) <= 32 and len(_NAMES) < 64:
+                if _NAME.fullmatch(name) and len(name) <= 32 and len(_NAMES) < 64:
                     _NAMES[name] = prefix
             elif value == b"200" and name == b":status":
                 out += _STATUS_200
@@ -103,7 +106,7 @@ class BlockEncoder:
             if len(value) < 127:
                 out.append(len(value))
             else:
-                out += encode_integer(len(value), 7)
+                out += encode_integer(len(value), 7) if len(value) > 254 else bytes((127, len(value) - 127))
             out += value
         return bytes(out)
 
@@ -138,7 +141,11 @@ class BlockDecoder:
         while position < end:
             first = block[position]
             if first & 0x80:
-                index, position = _integer(block, position, 7)
+                index = first & 0x7F
+                if index < 0x7F:
+                    position += 1
+                else:
+                    index, position = _integer(block, position, 7)
                 name, value = table.get_by_index(index)
             elif first & 0x60 == 0x20:
                 updates += 1
@@ -148,7 +155,11 @@ class BlockDecoder:
                 table.maxsize = new_size
                 continue
             else:
-                index, position = _integer(block, position, 6 if first & 0x40 else 4)
+                index = first & 0x3F if first & 0x40 else first & 0x0F
+                if index < 15:
+                    position += 1
+                else:
+                    index, position = _integer(block, position, 6 if first & 0x40 else 4)
                 if index:
                     name = table.get_by_index(index)[0]
                 else:
@@ -179,8 +190,13 @@ def _integer(block: bytes, position: int, bits: int) -> tuple[int, int]:
 
 
 def _string(block: bytes, position: int) -> tuple[bytes, int]:
-    coded = block[position] & 0x80
-    length, position = _integer(block, position, 7)
+    first = block[position]
+    coded = first & 0x80
+    length = first & 0x7F
+    if length < 0x7F:
+        position += 1
+    else:
+        length, position = _integer(block, position, 7)
     end = position + length
     text = block[position:end]
     if len(text) != length:
@@ -192,15 +208,20 @@ def _field_fault(headers: Headers, pseudo: frozenset[bytes]) -> str | None:
     seen: set[bytes] = set()
     regular = False
     for name, value in headers:
-        if _BAD_VALUE.search(value):
+        if (
+            b"\r" in value
+            or b"\n" in value
+            or b"\0" in value
+            or (value and (value[0] in _BLANKS or value[-1] in _BLANKS))
+        ):
             return f"the value of {name!r} has a forbidden character"
-        if name[:1] == b":":
+        if name.startswith(b":"):
             if regular or name in seen or name not in pseudo:
                 return f"{name!r} is unknown, repeated or after other fields"
             seen.add(name)
             continue
         regular = True
-        if not _NAME.fullmatch(name):
+        if name not in _NAMES and not _NAME.fullmatch(name):
             return f"{name!r} is no field name in lower case"
         if name in _CONNECTION_FIELDS or (name == b"te" and value != b"trailers"):
             return f"{name!r} belongs to HTTP/1.1"
