@@ -21,7 +21,7 @@ from ztunnel.mesh.workload import Workload
 from ztunnel.wire import authorization_pb2, discovery_pb2, workload_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 
     from ztunnel.mesh.address import IpAddress
     from ztunnel.mesh.rbac import Connection
@@ -42,6 +42,8 @@ AUTHORIZATION_TYPE = "type.googleapis.com/istio.security.Authorization"
 
 _MEMO_LIMIT = 4096
 """Entries of the memo of choices; above it is emptied, as an attacker could name many destinations."""
+_SLICE = 200
+"""Resources of a snapshot between two yields; about a millisecond."""
 _SNAPSHOT_MAGIC = b"ztunnel mesh snapshot 1\n"
 
 
@@ -437,6 +439,23 @@ class Store:
         """All endpoints of a service, healthy or not."""
         return {**service.endpoints, **self._members.get(service.key, {})}
 
+    def addresses_of(self, hostname: str, namespace: str | None = None, network: str = "") -> list[IpAddress]:
+        """Where a host name of the mesh leads: a service's virtual addresses on `network`, or its endpoints'.
+
+        Args:
+            hostname: Name of a service; a trailing dot is ignored.
+            namespace: Of the client.
+            network: Network of this node; addresses of others are left out.
+        """
+        service = self.service_by_host(hostname.rstrip("."), namespace)
+        if service is None:
+            return []
+        if service.vips:
+            return [vip.ip for vip in service.vips if vip.network == network]
+        found = (self.workloads.get(uid) for uid in self.endpoints(service))
+        near = (workload for workload in found if workload is not None and workload.network == network)
+        return [ip for workload in near for ip in workload.addresses]
+
     def staged(self) -> dict[str, dict[str, Endpoint]]:
         """Endpoints that wait for their service."""
         return {key: dict(members) for key, members in self._members.items() if key not in self.services}
@@ -481,14 +500,36 @@ class Store:
             address_versions: Version of each address resource, as discovery gave it.
             policy_versions: Version of each policy.
         """
-        addresses = ((name, wire) for name, wire in self._address_wires() if wire)
-        policies = ((policy.key, policy.wire) for policy in self.policies.values() if policy.wire)
-        parts = [
-            _listing(ADDRESS_TYPE, addresses, address_versions or {}),
-            _listing(AUTHORIZATION_TYPE, policies, policy_versions or {}),
-        ]
-        body = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-        return _SNAPSHOT_MAGIC + hashlib.sha256(body).digest() + body
+        work = self.snapshot_in_slices(address_versions, policy_versions)
+        while True:
+            try:
+                next(work)
+            except StopIteration as done:
+                data: bytes = done.value
+                return data
+
+    def snapshot_in_slices(
+        self, address_versions: Mapping[str, str] | None = None, policy_versions: Mapping[str, str] | None = None
+    ) -> Generator[None, None, bytes]:
+        """The same, with a `yield` after every few resources; changes made meanwhile are not in it."""
+        addresses = [(name, wire) for name, wire in self._address_wires() if wire]
+        policies = [(policy.key, policy.wire) for policy in self.policies.values() if policy.wire]
+        body: list[bytes] = []
+        for type_url, resources, versions in (
+            (ADDRESS_TYPE, addresses, dict(address_versions or {})),
+            (AUTHORIZATION_TYPE, policies, dict(policy_versions or {})),
+        ):
+            # Serialized messages may be joined: their repeated fields add up.
+            parts = [discovery_pb2.DeltaDiscoveryResponse(type_url=type_url).SerializeToString()]
+            for start in range(0, len(resources), _SLICE):
+                parts.append(_listing(type_url, resources[start : start + _SLICE], versions))
+                yield
+            body.append(sum(map(len, parts)).to_bytes(8, "big"))
+            body += parts
+        digest = hashlib.sha256()
+        for part in body:
+            digest.update(part)
+        return b"".join([_SNAPSHOT_MAGIC, digest.digest(), *body])
 
     def _address_wires(self) -> Iterator[tuple[str, bytes]]:
         for workload in self.workloads.values():
@@ -536,14 +577,13 @@ def _decode_all(
             good.append(decode(resource.name, resource.resource.value))
         except RejectedResource as error:
             bad.append(error)
-        else:
-            if resource.version:
-                versions[resource.name] = resource.version
+        # One without a version is named too, or discovery could not be told that it is held.
+        versions[resource.name] = resource.version
     return good, bad, versions
 
 
 def _listing(type_url: str, resources: Iterable[tuple[str, bytes]], versions: Mapping[str, str]) -> bytes:
-    listing = discovery_pb2.DeltaDiscoveryResponse(type_url=type_url)
+    listing = discovery_pb2.DeltaDiscoveryResponse()
     for name, wire in resources:
         resource = listing.resources.add(name=name, version=versions.get(name, ""))
         resource.resource.type_url = type_url
