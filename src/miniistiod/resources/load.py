@@ -67,11 +67,13 @@ def load(files: dict[str, str]) -> ResourceSet:
     """
     findings: list[Finding] = []
     mesh = MeshConfig()
-    for path, text in sorted(files.items()):
-        if path.rpartition("/")[2] == MESH_CONFIG:
-            collected = Findings(path)
-            mesh = _mesh_config(documents(text, collected), collected)
-            findings.extend(collected.items)
+    configs = [path for path in sorted(files) if path.rpartition("/")[2] == MESH_CONFIG]
+    for path in configs:
+        collected = Findings(path)
+        mesh = _mesh_config(documents(files[path], collected), collected)
+        if path != configs[0]:
+            collected.error(0, f"a second {MESH_CONFIG}, besides {configs[0]}", "keep one of them")
+        findings.extend(collected.items)
     resources: list[Resource] = []
     seen: dict[tuple[str, str, str], Resource] = {}
     for path, text in sorted(files.items()):

@@ -1,0 +1,78 @@
+"""What is wrong with a mesh though each of its documents is right. Warnings only: such a mesh can be served."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING
+
+from miniistiod.resources.findings import Finding, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from miniistiod.registry import Registry
+    from miniistiod.resources.model import Metadata
+
+__all__ = ["findings"]
+
+
+def findings(registry: Registry, trust_domain: str) -> list[Finding]:
+    """Everything that is wrong between documents."""
+    return [*_lost_hosts(registry), *_shared_addresses(registry), *_foreign_principals(registry, trust_domain)]
+
+
+def _warning(meta: Metadata, what: str, fix: str) -> Finding:
+    return Finding(meta.path, meta.line, Severity.WARNING, what, fix)
+
+
+def _lost_hosts(registry: Registry) -> Iterator[Finding]:
+    for item, host, winner in registry.losers:
+        yield _warning(
+            item.meta,
+            f"ServiceEntry {item.meta.namespace}/{item.meta.name} is not used for {host}, which {winner.kind}"
+            f" {winner.name} ({winner.path}:{winner.line}) has already",
+            "keep one of them",
+        )
+
+
+def _shared_addresses(registry: Registry) -> Iterator[Finding]:
+    seen: dict[tuple[str, object], Metadata] = {}
+    for item in registry.workloads:
+        address = item.endpoint.address
+        if isinstance(address, str):
+            continue
+        key = (item.endpoint.network or registry.network, address)
+        other = seen.setdefault(key, item.meta)
+        if other is not item.meta:
+            yield _warning(
+                item.meta,
+                f"WorkloadEntry {item.meta.namespace}/{item.meta.name} has the address {address} of"
+                f" {other.namespace}/{other.name} ({other.path}:{other.line})",
+                "give each machine its own; a peer could take one for the other",
+            )
+    taken: dict[object, Metadata] = {}
+    for model in registry.services.values():
+        for vip in registry.service_addresses(model):
+            if not isinstance(vip, ipaddress.IPv4Address | ipaddress.IPv6Address):
+                continue
+            other = taken.setdefault(vip, model.source.meta)
+            if other is not model.source.meta:
+                yield _warning(
+                    model.source.meta,
+                    f"{model.source.meta.kind} {model.name} has the address {vip} of {other.namespace}/{other.name}",
+                    "give each service its own",
+                )
+
+
+def _foreign_principals(registry: Registry, trust_domain: str) -> Iterator[Finding]:
+    for policy in registry.policies:
+        for rule in policy.rules:
+            for match in (match for clause in rule.clauses for match in clause):
+                for value in (*match.principals.values, *match.principals.not_values):
+                    domain, slash, _ = value.partition("/")
+                    if slash and "*" not in domain and domain != trust_domain:
+                        yield _warning(
+                            policy.meta,
+                            f"the principal {value!r} is not of the trust domain {trust_domain!r}, so it never matches",
+                            f"write {trust_domain}/... or */...",
+                        )

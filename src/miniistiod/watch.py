@@ -1,0 +1,143 @@
+"""Reads a directory of documents, and notices when it changes.
+
+Looks at names, sizes and times instead of asking the kernel for events: those are missing on network file systems and
+for what a symbolic link leads to. Editors and copies write in steps, so a change counts once nothing has moved for a
+moment.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, TypeAlias
+
+import attrs
+import trio
+
+from hbone.errors import ConfigurationError
+from miniistiod.resources.tree import MAX_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from pathlib import Path
+
+__all__ = ["Debounce", "DirectoryError", "Fingerprint", "read", "scan", "watch"]
+
+SUFFIXES = (".yaml", ".yml")
+MAX_FILES = 10_000
+MAX_TOTAL = 64 << 20
+"""Bytes of all documents together."""
+
+Fingerprint: TypeAlias = dict[str, tuple[int, int, int]]
+"""Path to inode, size and time of change."""
+
+
+class DirectoryError(ConfigurationError):
+    """The directory of documents is not there, is empty, or cannot be read. That is never taken for a deletion."""
+
+
+@attrs.frozen(kw_only=True)
+class Debounce:
+    """When a change counts."""
+
+    poll: float = 0.1
+    """Seconds between two looks."""
+    quiet: float = 0.1
+    """Seconds without a further change."""
+    limit: float = 10.0
+    """Seconds after the first change, even if there is no end of them."""
+
+
+def _walk(directory: Path) -> Iterator[tuple[str, str]]:
+    def failed(error: OSError) -> None:
+        raise error
+
+    for folder, names, files in os.walk(directory, onerror=failed):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for file in sorted(files):
+            if file.endswith(SUFFIXES) and not file.startswith("."):
+                full = os.path.join(folder, file)
+                yield os.path.relpath(full, directory), full
+
+
+def scan(directory: Path) -> Fingerprint:
+    """What is in the directory now.
+
+    Raises:
+        DirectoryError: it is missing, or has no document.
+    """
+    found: Fingerprint = {}
+    try:
+        for path, full in _walk(directory):
+            status = os.stat(full)
+            found[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if len(found) > MAX_FILES:
+                raise DirectoryError(f"{str(directory)!r} has more than {MAX_FILES} documents; split the mesh")
+    except OSError as error:
+        raise _unreadable(directory, error) from None
+    if not found:
+        raise DirectoryError(
+            f"{str(directory)!r} has no document; put .yaml files in it (meshconfig.yaml alone means an empty mesh)"
+        )
+    return found
+
+
+def read(directory: Path) -> dict[str, str]:
+    """The documents, path to text.
+
+    Raises:
+        DirectoryError: as `scan`, or a file is too large or no UTF-8.
+    """
+    files: dict[str, str] = {}
+    total = 0
+    for path in scan(directory):
+        try:
+            with open(directory / path, "rb") as stream:
+                data = stream.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise _unreadable(directory / path, error) from None
+        total += len(data)
+        if len(data) > MAX_BYTES or total > MAX_TOTAL:
+            raise DirectoryError(f"{path!r} is over {MAX_BYTES} bytes, or all over {MAX_TOTAL}; split it")
+        try:
+            files[path] = data.decode()
+        except UnicodeDecodeError as error:
+            raise DirectoryError(f"{path!r} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    return files
+
+
+def _unreadable(path: Path, error: OSError) -> DirectoryError:
+    return DirectoryError(f"{str(path)!r} cannot be read: {(error.strerror or str(error)).lower()}; check the path")
+
+
+async def watch(
+    directory: Path, known: Fingerprint | None, changed: Callable[[], Awaitable[None]], timing: Debounce
+) -> None:
+    """Call `changed` after each change, until cancelled.
+
+    Args:
+        directory: where the documents are.
+        known: what was there when they were last read.
+        changed: reads them; also called when the directory is gone or empty, and when it is back.
+        timing: when a change counts.
+    """
+    while True:
+        await trio.sleep(timing.poll)
+        seen = await _scan_quietly(directory)
+        if seen == known:
+            continue
+        end = trio.current_time() + timing.limit
+        while trio.current_time() < end:
+            await trio.sleep(timing.quiet)
+            later = await _scan_quietly(directory)
+            if later == seen:
+                break
+            seen = later
+        known = seen
+        await changed()
+
+
+async def _scan_quietly(directory: Path) -> Fingerprint | None:
+    try:
+        return await trio.to_thread.run_sync(scan, directory)
+    except DirectoryError:
+        return None
