@@ -9,7 +9,7 @@ import base64
 import html
 import json
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 import attrs
 
@@ -123,14 +123,9 @@ def router(routes: Mapping[str, Route]) -> App:
             page = Page(status=404)
         else:
             accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
-            query = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True, max_num_fields=16)
-            page = await route(
-                Request(
-                    method=scope["method"],
-                    query={name: values[-1] for name, values in query.items()},
-                    accept=accept.decode("latin-1"),
-                )
-            )
+            # %-escapes are undone before the names are looked up; of a repeated name the last counts
+            query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1")[:8192], keep_blank_values=True))
+            page = await route(Request(method=scope["method"], query=query, accept=accept.decode("latin-1")))
         headers = [
             (b"content-type", page.content_type.encode()),
             (b"content-length", str(len(page.body)).encode()),

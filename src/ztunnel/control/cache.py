@@ -33,7 +33,7 @@ from ztunnel.control.ca import check_path, check_validity, read_roots
 from ztunnel.control.transport import ControlPlaneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 __all__ = ["CacheWriter", "SavedSnapshot", "StateDir"]
 
@@ -217,7 +217,7 @@ class CacheWriter:
         state: StateDir,
         *,
         workload: str,
-        snapshot: Callable[[], bytes],
+        snapshot: Callable[[], Awaitable[bytes]],
         in_sync: Callable[[], bool],
     ) -> None:
         """Write to `state`.
@@ -289,9 +289,9 @@ class CacheWriter:
                 if self._identity is identity:
                     self._identity = None
             if dirty:
-                data = self._snapshot()
                 self._dirty = False
                 try:
+                    data = await self._snapshot()
                     await trio.to_thread.run_sync(self._state.save_snapshot, data, self._workload)
                 except BaseException:
                     self._dirty = True

@@ -20,8 +20,7 @@ from hbone.daemon.logs import get_logger
 from hbone.errors import HboneError
 from hbone.grpc import GrpcError
 from ztunnel.control.transport import ControlPlaneError, request_metadata
-from ztunnel.mesh.store import decode_address, decode_policy
-from ztunnel.mesh.workload import RejectedResource
+from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, RejectedResource, decode_address, decode_policy
 from ztunnel.wire import discovery_pb2
 
 if TYPE_CHECKING:
@@ -29,11 +28,9 @@ if TYPE_CHECKING:
 
     from hbone.identity import Identity
     from ztunnel.control.transport import Dial, MessageStream, TokenSource
-    from ztunnel.mesh.store import Store
+    from ztunnel.mesh import Store
 
 __all__ = [
-    "ADDRESS",
-    "AUTHORIZATION",
     "DELTA",
     "MAX_RESPONSE",
     "DiscoveryClient",
@@ -43,9 +40,7 @@ __all__ = [
 ]
 
 DELTA = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
-ADDRESS = "type.googleapis.com/istio.workload.Address"
-AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
-TYPES = (ADDRESS, AUTHORIZATION)
+TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE)
 
 MAX_RESPONSE = 200 * 1024 * 1024
 """Bytes of one response. Source: Istio's ztunnel, message limit of its discovery client."""
@@ -185,8 +180,8 @@ class DiscoveryClient:
             stale_since=self._stale_since,
             last_error=self._last_error,
             rejected=self._rejected,
-            addresses=len(self._versions[ADDRESS]),
-            policies=len(self._versions[AUTHORIZATION]),
+            addresses=len(self._versions[ADDRESS_TYPE]),
+            policies=len(self._versions[AUTHORIZATION_TYPE]),
         )
 
     @property
@@ -198,9 +193,16 @@ class DiscoveryClient:
         """Connected, and both types accepted on this stream: what we hold is what the control plane says."""
         return self._in_sync
 
-    def snapshot(self) -> bytes:
-        """What is in force, to be kept on disk."""
-        return self._store.snapshot(self._versions[ADDRESS], self._versions[AUTHORIZATION])
+    async def snapshot(self) -> bytes:
+        """What is in force, to be kept on disk; made in slices, from the state at one moment."""
+        work = self._store.snapshot_in_slices(self._versions[ADDRESS_TYPE], self._versions[AUTHORIZATION_TYPE])
+        while True:
+            try:
+                next(work)
+            except StopIteration as done:
+                data: bytes = done.value
+                return data
+            await trio.lowlevel.checkpoint()
 
     def restore(self, data: bytes, saved_at: float) -> None:
         """Put a snapshot in force; its versions are told to the server, which then sends what differs.
@@ -213,7 +215,10 @@ class DiscoveryClient:
             SnapshotError: it cannot be read; nothing was changed.
         """
         restored = self._store.restore(data)
-        self._versions = {ADDRESS: dict(restored.address_versions), AUTHORIZATION: dict(restored.policy_versions)}
+        self._versions = {
+            ADDRESS_TYPE: dict(restored.address_versions),
+            AUTHORIZATION_TYPE: dict(restored.policy_versions),
+        }
         self._stale_since = self._last_update = saved_at
 
     # the stream
@@ -315,7 +320,7 @@ class DiscoveryClient:
         self, url: str, resources: Sequence[tuple[str, str, bytes]], removed: Iterable[str]
     ) -> list[RejectedResource]:
         """Validate in slices, then swap in at once; returns what was refused."""
-        decode: Callable[[str, bytes], Any] = decode_address if url == ADDRESS else decode_policy
+        decode: Callable[[str, bytes], Any] = decode_address if url == ADDRESS_TYPE else decode_policy
         good: dict[str, Any] = {}
         versions: dict[str, str] = {}
         refused: dict[str, RejectedResource] = {}
@@ -332,13 +337,15 @@ class DiscoveryClient:
                 slice_end = time.perf_counter() + SLICE
         gone = [name for name in removed if name not in good]
         # No await from here on: a cancelled response is applied whole or not at all.
-        apply = self._store.apply_addresses if url == ADDRESS else self._store.apply_policies
+        apply = self._store.apply_addresses if url == ADDRESS_TYPE else self._store.apply_policies
         rejected = list(refused.values())
         apply(list(good.values()), gone, rejected=rejected)
         accepted = self._versions[url]
         for name in gone:
             accepted.pop(name, None)
         accepted.update(versions)
+        for name in refused:
+            accepted.setdefault(name, "")  # in force as a refusal, so the server must say when it is gone
         return rejected
 
     def _lost(self, text: str) -> None:

@@ -244,7 +244,13 @@ class SvidManager:
         if left > 0:  # be told at expiry, not a back-off later
             wait = min(wait, max(RENEWAL_FLOOR, left))
         self._plan(wait)
-        log.warning("svid_failed", identity=str(self._wanted), error=reason, retry_in=f"{wait:.1f}s", valid_for=f"{max(0.0, left):.0f}s")
+        log.warning(
+            "svid_failed",
+            identity=str(self._wanted),
+            error=reason,
+            retry_in=f"{wait:.1f}s",
+            valid_for=f"{max(0.0, left):.0f}s",
+        )
         self._wake()
 
     def _plan(self, wait: float) -> None:

@@ -113,7 +113,9 @@ class ServerAddress:
         if parts.scheme != "https":
             raise ConfigurationError(f"{variable} is {text!r}; the control plane is reached by https:// only")
         if not parts.hostname or parts.path.strip("/") or parts.query or parts.username is not None:
-            raise ConfigurationError(f"{variable} is {text!r}; write https://host:port, for example https://10.0.0.1:15012")
+            raise ConfigurationError(
+                f"{variable} is {text!r}; write https://host:port, for example https://10.0.0.1:15012"
+            )
         if port == 0:
             raise ConfigurationError(f"{variable} is {text!r}; the port must be from 1 to 65535")
         return cls(host=parts.hostname, port=port or 15012, alternative=alternative or None)
@@ -167,7 +169,9 @@ class TokenSource:
         if not token:
             raise ControlPlaneError(f"{what} is empty; write the token into it")
         if not token.isascii() or not token.isprintable() or " " in token:
-            raise ControlPlaneError(f"{what} holds characters that no token has; it should be one line of printable ASCII")
+            raise ControlPlaneError(
+                f"{what} holds characters that no token has; it should be one line of printable ASCII"
+            )
         return token
 
 
@@ -250,7 +254,9 @@ def _system_roots() -> bytes:
     for name in (paths.cafile, paths.openssl_cafile, "/etc/ssl/certs/ca-certificates.crt"):
         if name and os.path.isfile(name):
             return Path(name).read_bytes()
-    raise ControlPlaneError("the system has no file of root certificates; apt-get install ca-certificates, or name a root file")
+    raise ControlPlaneError(
+        "the system has no file of root certificates; apt-get install ca-certificates, or name a root file"
+    )
 
 
 def grpc_dialer(address: ServerAddress, roots: RootSource) -> Dial:
@@ -276,7 +282,9 @@ def grpc_dialer(address: ServerAddress, roots: RootSource) -> Dial:
             with trio.fail_after(CONNECT_TIMEOUT):
                 stream = await trio.open_tcp_stream(address.host, address.port)
         except trio.TooSlowError:
-            raise ControlPlaneError(f"the control plane {address} did not answer within {CONNECT_TIMEOUT:g} s") from None
+            raise ControlPlaneError(
+                f"the control plane {address} did not answer within {CONNECT_TIMEOUT:g} s"
+            ) from None
         except OSError as error:
             raise ControlPlaneError(f"the control plane {address} cannot be reached: {describe(error)}") from None
         keepalive(stream)
