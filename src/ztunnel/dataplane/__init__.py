@@ -1,1 +1,222 @@
-"""Every byte of every connection: listeners, tunnels, relays, on one epoll."""
+"""Every byte of every connection: listeners, tunnels, relays, on one epoll.
+
+```text
+15001 -> outbound -> dialer -> tunnel ~ ~ ~ tunnel <- inbound <- 15008
+15080 -> socks5 ---^     relay both ways, both sides      15006 -> passthrough
+```
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from hbone.engine import WindowBudget
+from ztunnel.dataplane.connections import Connections, Plane
+from ztunnel.dataplane.dialer import Dialer, IdentitySource
+from ztunnel.dataplane.inbound import Inbound
+from ztunnel.dataplane.listener import Listener, bind, keeps_sources
+from ztunnel.dataplane.local import LocalWorkload
+from ztunnel.dataplane.outbound import Outbound
+from ztunnel.dataplane.passthrough import Passthrough
+from ztunnel.dataplane.reactor import Reactor
+from ztunnel.dataplane.sockets import SocketCalls, SocketOptions, local_addresses
+from ztunnel.dataplane.socks5 import Socks5
+from ztunnel.errors import Drained
+from ztunnel.mesh.address import parse_ip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ztunnel.config import Config
+    from ztunnel.logs import AccessLog
+    from ztunnel.mesh.address import Address
+    from ztunnel.mesh.store import Change, Store
+    from ztunnel.metrics import Metrics
+
+__all__ = ["Dataplane", "IdentitySource", "Reactor", "SocketCalls"]
+
+_HBONE_PORT: Final = 15_008
+
+
+class Dataplane:
+    """The data path of one workload.
+
+    ```python
+    plane = Dataplane(reactor, config, store, svids, metrics, access_log)
+    plane.bind()            # clients wait in the kernel from here on
+    plane.start()           # inside the reactor: begin to accept
+    await plane.drain()     # no new connections; the open ones have their deadline
+    plane.close()
+    ```
+
+    Args:
+        reactor: moves the bytes.
+        config: settings.
+        store: the mesh.
+        identities: our certificate.
+        metrics: counters.
+        access_log: lines.
+        calls: the socket calls, for tests.
+        hbone_port: where peers take tunnels.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        config: Config,
+        store: Store,
+        identities: IdentitySource,
+        metrics: Metrics,
+        access_log: AccessLog,
+        *,
+        calls: SocketCalls | None = None,
+        hbone_port: int = _HBONE_PORT,
+    ) -> None:
+        self.reactor = reactor
+        self.config = config
+        self.connections = Connections(reactor.later, reactor.clock)
+        """Live connections."""
+        self.budget = WindowBudget(config.window_budget)
+        self.listeners: dict[str, Listener] = {}
+        """By purpose: hbone, inbound, outbound, socks5."""
+        self.transparent = False
+        """Applications see the client's own address."""
+        self._calls = calls or SocketCalls(options_of(config))
+        local = LocalWorkload(store, config.served, config.node_name)
+        self._plane = plane = Plane(
+            reactor=reactor,
+            calls=self._calls,
+            config=config,
+            store=store,
+            local=local,
+            metrics=metrics,
+            log=access_log,
+            connections=self.connections,
+            own_ports=config.own_ports,
+            hbone_port=hbone_port,
+        )
+        connection = config.connection
+        self.dialer = Dialer(
+            reactor,
+            self._calls,
+            identities,
+            config=connection,
+            budget=self.budget,
+            max_streams=config.pool_max_streams,
+            idle_timeout=config.pool_idle,
+        )
+        self.outbound = Outbound(plane, self.dialer)
+        self.socks5 = Socks5(plane, self.outbound)
+        self.inbound = Inbound(plane, identities, config=connection, budget=self.budget)
+        self.passthrough = Passthrough(plane)
+        self._unsubscribe = store.subscribe(self.recheck)
+        self._closed = False
+
+    def bind(self) -> None:
+        """Listen; nothing is accepted before `start`.
+
+        Raises:
+            ConfigurationError: an address cannot be had, or ENABLE_ORIG_SRC was asked for and does not work.
+        """
+        config, calls, plane = self.config, self._calls, self._plane
+        host = parse_ip(config.listen_host)
+        loopback = parse_ip(config.loopback_host)
+        transparent = keeps_sources(calls, host, wanted=config.original_source)
+        self.transparent = self.inbound.transparent = self.passthrough.transparent = transparent
+        ports: list[tuple[str, Address, Callable[..., None], bool]] = [
+            ("hbone", (host, config.hbone_port), self.inbound.accepted, False),
+            ("inbound", (host, config.inbound_port), self.passthrough.accepted, True),
+            ("outbound", (host, config.outbound_port), self.outbound.accepted, True),
+        ]
+        if config.socks5_enabled:
+            ports.append(("socks5", (loopback, config.socks5_port), self.socks5.accepted, False))
+        try:
+            for what, address, accepted, keepalive in ports:
+                sock = bind(calls, address, what, transparent=transparent, keepalive=keepalive)
+                self.listeners[what] = Listener(self.reactor, calls, sock, accepted)
+        except BaseException:
+            for listener in self.listeners.values():
+                listener.sock.close()
+            self.listeners.clear()
+            raise
+        bound = {listener.address[1] for listener in self.listeners.values()}
+        plane.own_ports = config.own_ports | bound
+        plane.own_addresses = local_addresses()
+
+    def start(self) -> None:
+        """Begin to accept. Call inside the running reactor, when the mesh is known."""
+        for listener in self.listeners.values():
+            listener.start()
+
+    def recheck(self, change: Change) -> None:
+        """Ask the policies about live connections again; called for each change of the store."""
+        self.connections.recheck(change)
+
+    async def drain(self) -> None:
+        """Accept nothing further, tell tunnels, and let connections finish until the deadline of the configuration."""
+        for listener in self.listeners.values():
+            listener.close()
+        self.socks5.close()
+        self.inbound.drain()
+        ended, closed = trio.Event(), trio.Event()
+        self.connections.on_empty = ended.set
+        self.inbound.on_empty = closed.set
+        with trio.move_on_after(self.config.drain_deadline):
+            if len(self.connections):
+                await ended.wait()
+            if self.inbound.tunnels:
+                await closed.wait()  # the second GOAWAY, after which each tunnel closes itself
+
+    def close(self) -> None:
+        """Cut what is left. Sockets are closed when the reactor's turn ends, or with the reactor."""
+        if self._closed:
+            return
+        self._closed = True
+        self._unsubscribe()
+        self._plane.local.close()
+        for listener in self.listeners.values():
+            listener.close()
+        self.socks5.close()
+        self.connections.on_empty = None
+        for connection in self.connections:
+            connection.abort(Drained())
+        for pending in list(self.outbound.pending):
+            pending.fail(Drained())
+        self.inbound.close()
+        self.dialer.close()
+        self.reactor.unsweep(self.outbound)
+
+    def account(self) -> None:
+        """Bring the byte counters of live connections up to date, before a scrape."""
+        self.connections.account()
+
+    def tunnels(self) -> list[dict[str, Any]]:
+        """Tunnels, for people to read."""
+        listed = []
+        for direction, tunnels in (("outbound", self.dialer.tunnels), ("inbound", self.inbound.tunnels)):
+            for tunnel in tunnels:
+                ip, port = tunnel.address
+                listed.append(
+                    {
+                        "direction": direction,
+                        "address": f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}",
+                        "peer": str(tunnel.peer) if tunnel.peer is not None else None,
+                        "streams": len(tunnel.streams),
+                        "established": tunnel.established,
+                    }
+                )
+        return listed
+
+
+def options_of(config: Config) -> SocketOptions:
+    """Socket options of the configuration."""
+    return SocketOptions(
+        keepalive=config.keepalive_enabled,
+        keepalive_time=max(1, int(config.keepalive_time)),
+        keepalive_interval=max(1, int(config.keepalive_interval)),
+        keepalive_retries=config.keepalive_retries,
+        user_timeout=config.user_timeout_enabled,
+        mark=config.packet_mark,
+    )

@@ -303,14 +303,14 @@ class Reactor:
         """One connection's fault costs that connection."""
         _log.exception("a callback of the data path failed; its connection is closed", owner=type(owner).__name__)
         on_fault = getattr(owner, "on_fault", None)
-        if on_fault is not None:
-            try:
+        try:
+            if on_fault is not None:
                 on_fault()
-            except Exception:
-                _log.exception("closing the connection failed as well", owner=type(owner).__name__)
-        if fd is not None and self.handlers.get(fd) is owner:
-            with contextlib.suppress(OSError):
-                self.remove(fd)
+        except Exception:
+            _log.exception("closing the connection failed as well", owner=type(owner).__name__)
+            if fd is not None and self.handlers.get(fd) is owner:
+                with contextlib.suppress(OSError):
+                    self.remove(fd)
 
     def _close_all(self) -> None:
         closing, self._closing = self._closing, []

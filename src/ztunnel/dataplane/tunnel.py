@@ -51,9 +51,7 @@ _OUT: Final = IoBuffer(256 * 1024)
 _OUT_VIEW: Final = memoryview(_OUT.array)
 _READS: Final = 2
 _FLUSH_AT_ONCE: Final = 32 * 1024  # a chunk that large is sent while it is in the cache; smaller ones share a send
-_CONTROL_LIMIT: Final = (
-    1024 * 1024
-)  # frames of ours that a peer which does not read lets pile up before we stop reading
+_SMALL_LIMIT: Final = 64 * 1024  # small frames that gather before they are sent in the middle of a turn
 _WAITING_LIMIT: Final = 256  # and twice the open streams: beyond that the closed ones are taken out
 _HANGUP: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _ANYTHING_ELSE: Final = ~WRITE
@@ -335,8 +333,8 @@ class Tunnel:
             end.closed = True
             self.streams.pop(end.stream_id, None)
             self._owner.stream_finished(self)
-            if self.closing and not self.streams and self.engine.closed:
-                self.reactor.later(self.close)
+            if self.closing and not self.streams:
+                self.reactor.later(self._go_on_draining)
 
     # Socket
 
@@ -398,12 +396,20 @@ class Tunnel:
             if not self.dirty and endpoint.wants_flush and not self.closed:
                 self.dirty = True
                 self.reactor.flush_later(self)
+            if self.closing and not self.closed:
+                self._go_on_draining()
             if not nbytes:
                 self._lose(None if self.closing else ConnectFailed("the tunnel was closed"))
                 return
             if nbytes < _CIPHERTEXT.size and not self._hangup:
                 return
         self.reactor.later(self.receive)
+
+    def _go_on_draining(self) -> None:
+        """The engine's second GOAWAY, or its end, may be due."""
+        due = self.endpoint.next_deadline()
+        if due is not None and due <= self.reactor.now:
+            self.on_time(self.reactor.now)
 
     def flush(self) -> None:
         """Encrypt what is queued, and send."""

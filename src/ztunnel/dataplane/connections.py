@@ -1,0 +1,236 @@
+"""Live connections: their record, their counters, and the policies that they are asked about again.
+
+A connection is registered before its policies are asked, so a change that comes in between finds it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from ztunnel.errors import DataplaneError, PolicyChanged, ResponseFlag, address_text
+from ztunnel.logs import INBOUND, OUTBOUND
+from ztunnel.mesh.rbac import decide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ztunnel.config import Config
+    from ztunnel.dataplane.local import LocalWorkload
+    from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.dataplane.relay import Relay
+    from ztunnel.dataplane.sockets import SocketCalls
+    from ztunnel.logs import AccessLog, AccessRecord
+    from ztunnel.mesh.address import IpAddress
+    from ztunnel.mesh.rbac import Connection as PolicyFacts
+    from ztunnel.mesh.store import Change, Store
+    from ztunnel.mesh.workload import Workload
+    from ztunnel.metrics import Metrics, Traffic
+
+__all__ = ["AppConnection", "Connections", "InboundConnection", "Plane"]
+
+_SLICE_SECONDS: Final = 0.001
+_SLICE_STEP: Final = 16
+
+
+@attrs.define(kw_only=True, eq=False)
+class Plane:
+    """What every part of one data path shares."""
+
+    reactor: Reactor
+    calls: SocketCalls
+    config: Config
+    store: Store
+    local: LocalWorkload
+    metrics: Metrics
+    log: AccessLog
+    connections: Connections
+    own_ports: frozenset[int] = frozenset()
+    """Ports of our own listeners."""
+    own_addresses: frozenset[IpAddress] = frozenset()
+    """Addresses of this host's interfaces, at start."""
+    hbone_port: int = 15_008
+    """Where peers take tunnels."""
+
+
+class AppConnection:
+    """One connection of an application, from its record to its line in the log.
+
+    Args:
+        plane: what the data path shares.
+        reporter: `source` or `destination`.
+    """
+
+    __slots__ = ("_counted_received", "_counted_sent", "closed", "plane", "record", "relay", "reporter", "traffic")
+
+    def __init__(self, plane: Plane, reporter: str) -> None:
+        self.plane = plane
+        self.reporter = reporter
+        self.closed = False
+        self.record: AccessRecord | None = None
+        self.traffic: Traffic | None = None
+        self.relay: Relay | None = None
+        """The relay of the socket that was accepted (outbound, passthrough) or dialled (a tunnel's stream)."""
+        self._counted_received = 0
+        self._counted_sent = 0
+
+    def open_record(self, record: AccessRecord, traffic: Traffic) -> None:
+        """From here on it counts, and will have its line in the log."""
+        self.record = record
+        self.traffic = traffic
+        traffic.opened_count += 1
+        self.plane.log.opened(record)
+
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes towards the upstream and towards the downstream peer, so far."""
+        raise NotImplementedError
+
+    def account(self) -> None:
+        """Bring the counters up to date."""
+        if self.traffic is not None:
+            received, sent = self.bytes_moved()
+            self.traffic.received_bytes += received - self._counted_received
+            self.traffic.sent_bytes += sent - self._counted_sent
+            self._counted_received = received
+            self._counted_sent = sent
+
+    def close_record(self, error: DataplaneError | None) -> None:
+        """Write the line, count the end. Does nothing the second time."""
+        if self.closed:
+            return
+        self.closed = True
+        self.plane.connections.forget(self)
+        record, traffic = self.record, self.traffic
+        if record is None or traffic is None:
+            return
+        self.account()
+        traffic.closed(ResponseFlag.NONE if error is None else error.flag)
+        self.plane.log.complete(
+            record,
+            received=self._counted_received,
+            sent=self._counted_sent,
+            now=self.plane.reactor.now,
+            error=error,
+        )
+
+    def abort(self, error: DataplaneError) -> None:
+        """Cut it, for `error`."""
+        raise NotImplementedError
+
+    def dump(self) -> dict[str, Any]:
+        """For `config_dump`. Source: ztunnel's dump of connections."""
+        record = self.record
+        if record is None:
+            return {}
+        return {
+            "src": address_text(record.source),
+            "originalDst": record.hbone_authority,
+            "actualDst": address_text(record.destination),
+            "protocol": "TCP" if record.hbone_authority is None else "HBONE",
+        }
+
+
+class InboundConnection(AppConnection):
+    """One that policies decide about: a tunnel's stream, or plaintext."""
+
+    __slots__ = ("facts", "workload")
+
+    def __init__(self, plane: Plane, workload: Workload, facts: PolicyFacts) -> None:
+        super().__init__(plane, "destination")
+        self.workload = workload
+        self.facts = facts
+
+    def check(self) -> DataplaneError | None:
+        """Ask the policies, at the start. Register first."""
+        decision = decide(self.plane.store, self.workload, self.facts)
+        self.plane.log.decision(decision)
+        return None if decision.allowed else decision.error()
+
+    def recheck(self) -> None:
+        """Ask them again; closed at once if they say no now."""
+        workload = self.plane.store.workload_by_uid(self.workload.uid) or self.workload
+        self.workload = workload
+        if not decide(self.plane.store, workload, self.facts).allowed:
+            self.plane.metrics.policy_closed()
+            self.abort(PolicyChanged())
+
+
+class Connections:
+    """The live connections of one data path.
+
+    Args:
+        later: calls a function in the reactor's next turn.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, later: Callable[[Callable[[], object]], None], clock: Callable[[], float]) -> None:
+        self.inbound: dict[InboundConnection, None] = {}
+        self.outbound: dict[AppConnection, None] = {}
+        self.on_empty: Callable[[], None] | None = None
+        """Called when the last one ended."""
+        self._later = later
+        self._clock = clock
+        self._checking: Iterator[InboundConnection] | None = None
+        self._current: InboundConnection | None = None
+
+    def __len__(self) -> int:
+        return len(self.inbound) + len(self.outbound)
+
+    def __iter__(self) -> Iterator[AppConnection]:
+        return itertools.chain(list(self.inbound), list(self.outbound))
+
+    def forget(self, connection: AppConnection) -> None:
+        """It ended."""
+        if isinstance(connection, InboundConnection):
+            self.inbound.pop(connection, None)
+        else:
+            self.outbound.pop(connection, None)
+        if self.on_empty is not None and not self.inbound and not self.outbound:
+            self.on_empty()
+
+    def account(self) -> None:
+        """Bring every connection's counters up to date, for a scrape."""
+        for connection in self:
+            connection.account()
+
+    def recheck(self, change: Change) -> None:
+        """Ask the policies about every inbound connection again, a millisecond's worth a turn.
+
+        The list of policies of a workload may have changed too, so any change of workloads counts.
+        """
+        if not change.policies and not change.workloads:
+            return
+        running = self._checking is not None
+        self._checking = iter(list(self.inbound))  # from the start: those already asked saw older policies
+        if not running:
+            self._later(self._check_some)
+
+    def _check_some(self) -> None:
+        checking = self._checking
+        if checking is None:
+            return
+        end = self._clock() + _SLICE_SECONDS
+        for count, connection in enumerate(checking, 1):
+            self._current = connection
+            if not connection.closed:
+                connection.recheck()
+            if count % _SLICE_STEP == 0 and self._clock() >= end:
+                self._later(self._check_some)
+                return
+        self._checking = self._current = None
+
+    def on_fault(self) -> None:
+        """A policy could not be asked: that connection is cut, and the others are asked."""
+        connection = self._current
+        self._later(self._check_some)
+        if connection is not None and not connection.closed:
+            connection.abort(PolicyChanged())
+
+    def dump(self) -> dict[str, list[dict[str, Any]]]:
+        """For `config_dump`."""
+        return {
+            INBOUND: [connection.dump() for connection in self.inbound],
+            OUTBOUND: [connection.dump() for connection in self.outbound],
+        }

@@ -1,0 +1,98 @@
+"""One TCP connection on its way to an application or a plaintext destination."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+from ztunnel.dataplane.reactor import GONE, READ_WRITE, WRITE
+from ztunnel.errors import ConnectFailed, DataplaneError
+
+if TYPE_CHECKING:
+    import socket
+
+    from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.dataplane.sockets import SocketCalls
+    from ztunnel.mesh.address import Address, IpAddress
+
+__all__ = ["DIAL_SECONDS", "Dial", "DialUser"]
+
+DIAL_SECONDS: Final = 10.0
+"""How long TCP may take. Source: ztunnel's connection timeout."""
+
+
+class DialUser(Protocol):
+    """Who dials."""
+
+    def dialed(self, sock: socket.SocketType, mask: int) -> None:
+        """Connected; the reactor watches it for `READ_WRITE`, and `mask` is what it told. It is the user's now."""
+
+    def dial_failed(self, error: DataplaneError) -> None:
+        """Not connected."""
+
+    def on_fault(self) -> None:
+        """`dialed` or `dial_failed` raised."""
+
+
+class Dial:
+    """Connects without blocking; within ten seconds, or until `cancel`.
+
+    Args:
+        reactor: watches the socket.
+        calls: the socket calls.
+        user: told how it ended, once; perhaps only when the turn is over.
+    """
+
+    __slots__ = ("_calls", "_deadline", "_reactor", "_sock", "_user")
+
+    def __init__(self, reactor: Reactor, calls: SocketCalls, user: DialUser) -> None:
+        self._reactor = reactor
+        self._calls = calls
+        self._user = user
+        self._sock: socket.SocketType | None = None
+        self._deadline = 0.0
+
+    def start(self, address: Address, source: IpAddress | None = None) -> None:
+        """Dial `address`, from `source` if given."""
+        reactor = self._reactor
+        try:
+            sock = self._calls.dial(address, source=source)
+        except OSError as exc:
+            error = ConnectFailed(exc.strerror or str(exc))
+            reactor.later(lambda: self._user.dial_failed(error))
+            return
+        self._sock = sock
+        self._deadline = reactor.now + DIAL_SECONDS
+        reactor.add(sock.fileno(), self, READ_WRITE)
+        reactor.sweep(self)
+
+    def cancel(self) -> None:
+        """Stop, and say nothing."""
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            self._reactor.unsweep(self)
+            self._reactor.close(sock)
+
+    def on_event(self, mask: int) -> None:
+        """TCP came to an end of its handshake."""
+        sock = self._sock
+        if sock is None:
+            return
+        if mask & GONE:
+            exc = self._calls.error_of(sock)
+            self.cancel()
+            self._user.dial_failed(ConnectFailed("connection closed" if exc is None else exc.strerror or str(exc)))
+        elif mask & WRITE:
+            self._sock = None
+            self._reactor.unsweep(self)
+            self._user.dialed(sock, mask & ~WRITE)
+
+    def on_fault(self) -> None:
+        """A fault of ours: the user closes what is left."""
+        self.cancel()
+        self._user.on_fault()
+
+    def on_time(self, now: float) -> None:
+        """Too late?"""
+        if now >= self._deadline:
+            self.cancel()
+            self._user.dial_failed(ConnectFailed(f"timed out after {DIAL_SECONDS:g} s"))

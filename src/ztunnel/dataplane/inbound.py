@@ -1,0 +1,391 @@
+"""Connections to the workload through tunnels: 15008.
+
+Each CONNECT: read, placed, registered, asked of the policies, dialled, and only then answered with 200. The dials of a
+batch begin when all of it was read, and end with their stream; nothing outlives its tunnel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from hbone.connect import BadConnect, ConnectRequest, response_headers
+
+from hbone.admission import Admission
+from hbone.endpoint import Endpoint
+from hbone.errors import ErrorCode, HboneError
+from hbone.identity import same_trust_domain
+from hbone.tls import TlsContext
+from ztunnel.dataplane.connections import InboundConnection
+from ztunnel.dataplane.dial import Dial
+from ztunnel.dataplane.outbound import baggage_of
+from ztunnel.dataplane.relay import ENDS, Relay
+from ztunnel.dataplane.sockets import DONTWAIT
+from ztunnel.dataplane.tunnel import Tunnel
+from ztunnel.errors import (
+    ConnectFailed,
+    DataplaneError,
+    Http2Failed,
+    IdentityUnavailable,
+    InvalidAuthority,
+    SendFailed,
+    TlsFailed,
+    TlsSetupFailed,
+)
+from ztunnel.logs import INBOUND, AccessRecord
+from ztunnel.mesh.inbound import InboundTarget, inbound, proxy_header
+from ztunnel.mesh.rbac import Connection as PolicyFacts
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from hbone.config import ConnectionConfig
+    from hbone.engine.flow import WindowBudget
+    from hbone.events import Headers
+    from hbone.identity import Identity, SpiffeId
+    from ztunnel.dataplane.connections import Plane
+    from ztunnel.dataplane.dialer import IdentitySource
+    from ztunnel.dataplane.tunnel import StreamEnd
+    from ztunnel.mesh.address import Address
+    from ztunnel.mesh.workload import Workload
+
+__all__ = ["Inbound", "StreamConnection"]
+
+_GONE: Final = "the stream was reset: "
+
+
+class Inbound:
+    """Accepts tunnels, and serves their streams.
+
+    Args:
+        plane: what the data path shares.
+        identities: our certificate.
+        config: parameters of HTTP/2.
+        budget: what receive windows may grow by, of the process.
+        transparent: applications see the client's own address.
+        admission: handshakes at once, in all and by address.
+    """
+
+    def __init__(
+        self,
+        plane: Plane,
+        identities: IdentitySource,
+        *,
+        config: ConnectionConfig,
+        budget: WindowBudget,
+        transparent: bool = False,
+        admission: Admission | None = None,
+    ) -> None:
+        self.plane = plane
+        self.transparent = transparent
+        self.tunnels: dict[Tunnel, Address] = {}
+        """Each with the local address that it came to."""
+        self.draining = False
+        self.on_empty: Callable[[], None] | None = None
+        """Called when the last tunnel is closed."""
+        self._identities = identities
+        self._config = config
+        self._budget = budget
+        self._admission = admission or Admission()
+        self._shaking: dict[Tunnel, str] = {}
+        self._response: tuple[Workload, Headers] | None = None
+
+    # Tunnels
+
+    def accepted(self, sock: socket.SocketType, peer: Address) -> None:
+        """A connection to 15008."""
+        plane = self.plane
+        source = str(peer[0])
+        if not self._admission.enter(source):
+            plane.reactor.close(sock)
+            return
+        plane.metrics.socket_opened("destination")
+        identity = self._identities.current()
+        if identity is not None:
+            self._shake_hands(sock, peer, source, identity)
+        else:
+            try:
+                plane.reactor.start_task(self._fetch_and_shake_hands, sock, peer, source)
+            except RuntimeError as exc:
+                self._refuse(sock, peer, source, IdentityUnavailable(str(exc)))
+
+    async def _fetch_and_shake_hands(self, sock: socket.SocketType, peer: Address, source: str) -> None:
+        error: DataplaneError = IdentityUnavailable("cancelled")
+        identity: Identity | None = None
+        try:
+            identity = await self._identities.fetch()
+        except Exception as exc:  # the source's own errors are of many kinds, and each is this connection's end
+            error = exc if isinstance(exc, DataplaneError) else IdentityUnavailable(str(exc) or type(exc).__name__)
+        finally:
+            if identity is None:
+                self._refuse(sock, peer, source, error)
+        if identity is not None:
+            self._shake_hands(sock, peer, source, identity)
+
+    def _refuse(self, sock: socket.SocketType, peer: Address, source: str, error: DataplaneError) -> None:
+        self._admission.leave(source)
+        self.plane.metrics.socket_closed("destination")
+        self.plane.log.early_deny(INBOUND, peer, self.plane.calls.local_address(sock), error)
+        self.plane.reactor.close(sock)
+
+    def _shake_hands(self, sock: socket.SocketType, peer: Address, source: str, identity: Identity) -> None:
+        plane = self.plane
+        if self.draining:
+            self._refuse(sock, peer, source, ConnectFailed("the proxy is stopping"))
+            return
+        own = identity.svid.id
+        try:
+            endpoint = Endpoint(
+                TlsContext.server(identity),
+                client=False,
+                authorize=lambda peer_id: same_trust_domain(peer_id, own),
+                config=self._config,
+                budget=self._budget,
+                now=plane.reactor.now,
+            )
+        except HboneError as exc:
+            self._refuse(sock, peer, source, TlsSetupFailed(str(exc)))
+            return
+        local = plane.calls.local_address(sock)
+        tunnel = Tunnel(plane.reactor, plane.calls, sock, endpoint, self, peer, connected=True)
+        self.tunnels[tunnel] = local
+        self._shaking[tunnel] = source
+
+    def tunnel_established(self, tunnel: Tunnel) -> None:
+        """The peer proved who it is."""
+        self._admission.leave(self._shaking.pop(tunnel))
+        if self.draining:
+            tunnel.drain()
+
+    def tunnel_lost(self, tunnel: Tunnel, error: DataplaneError | None) -> None:
+        """Its streams were told."""
+        local = self.tunnels.pop(tunnel)
+        if self.on_empty is not None and not self.tunnels:
+            self.on_empty()
+        self.plane.metrics.socket_closed("destination")
+        source = self._shaking.pop(tunnel, None)
+        if source is not None:
+            self._admission.leave(source)
+            self.plane.log.early_deny(INBOUND, tunnel.address, local, error or TlsFailed("the connection was closed"))
+
+    def tunnel_draining(self, tunnel: Tunnel) -> None:
+        """A client's GOAWAY says that it will not take streams of ours, which there are none of."""
+
+    def tunnel_alive(self, tunnel: Tunnel) -> None:
+        """A PING was answered."""
+
+    def stream_finished(self, tunnel: Tunnel) -> None:
+        """One stream less."""
+
+    def drain(self) -> None:
+        """GOAWAY on each tunnel; open streams go on."""
+        self.draining = True
+        for tunnel in list(self.tunnels):
+            tunnel.drain()
+
+    def close(self) -> None:
+        """Close every tunnel; streams that are open are lost."""
+        self.draining = True
+        for tunnel in list(self.tunnels):
+            tunnel.close()
+
+    # Streams
+
+    def connect_received(self, end: StreamEnd, headers: Headers) -> None:
+        """A CONNECT."""
+        plane = self.plane
+        tunnel = end.tunnel
+        local = self.tunnels[tunnel]
+        try:
+            request = ConnectRequest.from_headers(headers)
+        except BadConnect as exc:
+            end.reject(exc.status)
+            plane.log.early_deny(INBOUND, tunnel.address, local, InvalidAuthority(str(exc)))
+            return
+        workload = plane.local.current
+        if workload is not None:
+            self._serve(end, request, workload)
+        else:
+            plane.reactor.start_task(self._wait_and_serve, end, request)
+
+    async def _wait_and_serve(self, end: StreamEnd, request: ConnectRequest) -> None:
+        try:
+            workload = await self.plane.local.wait()
+        except DataplaneError as exc:
+            self._deny(end, exc)
+        else:
+            if not end.closed:
+                self._serve(end, request, workload)
+
+    def _deny(self, end: StreamEnd, error: DataplaneError) -> None:
+        end.reject(error.status)
+        tunnel = end.tunnel
+        self.plane.log.early_deny(INBOUND, tunnel.address, self.tunnels.get(tunnel), error)
+
+    def _serve(self, end: StreamEnd, request: ConnectRequest, workload: Workload) -> None:
+        plane = self.plane
+        config = plane.config
+        tunnel = end.tunnel
+        local = self.tunnels[tunnel]
+        target = inbound(
+            plane.store,
+            workload,
+            local[0],
+            request,
+            plane.own_ports,
+            network=config.network,
+            localhost_tunnel=config.localhost_app_tunnel,
+        )
+        if isinstance(target, DataplaneError):
+            self._deny(end, target)
+            return
+        peer_id = tunnel.peer
+        if peer_id is None:  # it cannot be: streams come after the handshake
+            self._deny(end, IdentityUnavailable("the peer proved no identity"))
+            return
+        facts = PolicyFacts(tunnel.address[0], peer_id, target.address)
+        connection = StreamConnection(self, workload, facts, end, peer_id)
+        connection.begin(request, target, local)
+
+    def response_for(self, workload: Workload) -> Headers:
+        """Headers of the 200: what we say of the workload, unless that is switched off."""
+        if not self.plane.config.response_baggage:
+            return ()
+        if self._response is None or self._response[0] is not workload:
+            self._response = (workload, response_headers(baggage_of(workload)))
+        return self._response[1]
+
+
+class StreamConnection(InboundConnection):
+    """One stream of a tunnel, and the connection to the application."""
+
+    __slots__ = ("_dial", "_end", "_header", "_inbound", "_peer")
+
+    def __init__(
+        self, inbound_: Inbound, workload: Workload, facts: PolicyFacts, end: StreamEnd, peer: SpiffeId
+    ) -> None:
+        super().__init__(inbound_.plane, workload, facts)
+        self._inbound = inbound_
+        self._end = end
+        self._peer = peer
+        self._dial: Dial | None = None
+        self._header = b""
+
+    def begin(self, request: ConnectRequest, target: InboundTarget, local: Address) -> None:
+        """Record, register, ask, dial: in this order."""
+        plane = self.plane
+        client = self._end.tunnel.address
+        self._end.user = self
+        source = plane.store.workload_by_address(plane.config.network, client[0])
+        baggage = request.baggage if plane.config.response_baggage else None
+        record = AccessRecord(
+            INBOUND,
+            client,
+            local,
+            hbone_authority=str(request.authority),
+            source_workload=source,
+            source_identity=self._peer,
+            destination_workload=self.workload,
+            destination_identity=self.workload.identity,
+            service=target.service,
+            opened_at=plane.reactor.now,
+            source_baggage=baggage,
+        )
+        traffic = plane.metrics.connection(
+            "destination",
+            source,
+            self._peer,
+            self.workload,
+            target.service,
+            None,
+            "mutual_tls",
+            baggage if source is None else None,
+        )
+        plane.connections.inbound[self] = None
+        self.open_record(record, traffic)
+        error = self.check()
+        if error is not None:
+            self._end.reject(error.status)
+            self.close_record(error)
+            return
+        if target.proxy_target is not None:
+            self._header = proxy_header(client, target.proxy_target, self._peer)
+        source_ip = target.source or (client[0] if self._inbound.transparent else None)
+        self._dial = Dial(plane.reactor, plane.calls, self)
+        self._dial.start(target.connect, source_ip)
+
+    def dialed(self, sock: socket.SocketType, mask: int) -> None:
+        """The application is there: 200, and relay."""
+        self._dial = None
+        plane, end = self.plane, self._end
+        if self._header and not self._send_header(sock):
+            plane.reactor.close(sock)
+            self.dial_failed(ConnectFailed("the application did not take the PROXY header"))
+            return
+        relay = self.relay = Relay(plane.reactor, plane.calls, sock, self)
+        end.accept(self._inbound.response_for(self.workload), relay)
+        relay.start(end, watched=True, mask=mask)
+
+    def _send_header(self, sock: socket.SocketType) -> bool:
+        try:
+            return sock.send(self._header, DONTWAIT) == len(self._header)  # a new socket has room for it
+        except OSError:
+            return False
+
+    def dial_failed(self, error: DataplaneError) -> None:
+        """503."""
+        self._dial = None
+        self._end.reject(error.status)
+        self.close_record(error)
+
+    def on_fault(self) -> None:
+        """A fault of ours."""
+        self._cut(Http2Failed("internal error"), ErrorCode.INTERNAL_ERROR)
+
+    def stream_accepted(self, headers: Headers) -> None:
+        """Only a client hears that."""
+
+    def stream_refused(self, status: int) -> None:
+        """Only a client hears that."""
+
+    def stream_reset(self, code: ErrorCode, *, processed: bool) -> None:
+        """The client gave up."""
+        error = None if code in ENDS else SendFailed(_GONE + code.name)
+        if self.relay is not None:
+            self.relay.end_after_reset(code, error)
+        else:
+            self._give_up(error)
+
+    def stream_lost(self, error: DataplaneError) -> None:
+        """The tunnel ended, and nothing outlives it."""
+        lost = SendFailed(str(error))
+        if self.relay is not None:
+            self.relay.end_after_reset(ErrorCode.INTERNAL_ERROR, lost)
+        else:
+            self._give_up(lost)
+
+    def abort(self, error: DataplaneError) -> None:
+        """Cut it."""
+        self._cut(error, ErrorCode.CANCEL)
+
+    def _cut(self, error: DataplaneError, code: ErrorCode) -> None:
+        if self.relay is not None and not self.relay.closed:
+            self.relay.abort(error, code=code)
+        else:
+            self._end.reset(code)
+            self._give_up(error)
+
+    def _give_up(self, error: DataplaneError | None) -> None:
+        if self._dial is not None:
+            self._dial.cancel()
+            self._dial = None
+        self.close_record(error)
+
+    def relay_ended(self, relay: Relay, error: DataplaneError | None) -> None:
+        """The application's connection is over."""
+        self.close_record(error)
+
+    def bytes_moved(self) -> tuple[int, int]:
+        """Written to the application, read from it."""
+        relay = self.relay
+        return (relay.written, relay.read) if relay is not None else (0, 0)

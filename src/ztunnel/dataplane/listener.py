@@ -1,0 +1,186 @@
+"""Listening sockets: they accept in small batches, rest when descriptors run out, and know if sources can be kept."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from hbone.errors import ConfigurationError
+from ztunnel.errors import address_text
+from ztunnel.mesh.address import parse_ip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.dataplane.sockets import SocketCalls
+    from ztunnel.mesh.address import Address, IpAddress
+
+__all__ = ["Listener", "bind", "keeps_sources"]
+
+_BURST: Final = 64
+_REST_SECONDS: Final = 0.2
+_OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_PROBE_SOURCE: Final = parse_ip("192.0.2.1")  # TEST-NET-1: nobody's
+_PROBE_SECONDS: Final = 0.5
+
+_log = structlog.get_logger("dataplane")
+
+
+class Listener:
+    """Accepts, and hands each connection to `accepted`.
+
+    One connection is accepted an event, so that a lone one costs no second call that finds nothing; while a queue
+    stands, twice as many each time, up to 64.
+
+    Args:
+        reactor: watches the socket.
+        calls: the socket calls.
+        sock: listening; closed by the listener.
+        accepted: takes each connection, with its peer, and closes it sooner or later.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        calls: SocketCalls,
+        sock: socket.SocketType,
+        accepted: Callable[[socket.SocketType, Address], None],
+    ) -> None:
+        self.sock = sock
+        self.address: Address = calls.local_address(sock)
+        self._reactor = reactor
+        self._calls = calls
+        self._accepted = accepted
+        self._burst = 1
+        self._listening = False
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin to accept; until now connections waited in the kernel."""
+        if not self._listening and not self._closed:
+            self._listening = True
+            self._reactor.add(self.sock.fileno(), self, select.EPOLLIN)  # level: what is left over is told again
+
+    def on_event(self, mask: int) -> None:
+        """Connections wait."""
+        accept = self._calls.accept
+        for _ in range(self._burst):
+            try:
+                sock, peer = accept(self.sock)
+            except BlockingIOError:
+                self._burst = 1
+                return
+            except OSError as exc:
+                if exc.errno in _OUT_OF_DESCRIPTORS:
+                    self._rest(exc)
+                    return
+                continue  # it was gone before it was accepted
+            try:
+                self._accepted(sock, peer)
+            except Exception:
+                self._reactor.close(sock)
+                raise
+        self._burst = min(self._burst * 2, _BURST)
+
+    def on_fault(self) -> None:
+        """One connection could not be taken; the listener goes on."""
+
+    def _rest(self, exc: OSError) -> None:
+        _log.warning("no connection can be accepted for now", listener=address_text(self.address), error=str(exc))
+        self._burst = 1
+        self._listening = False
+        self._reactor.remove(self.sock.fileno())
+        self._reactor.call_at(self._reactor.now + _REST_SECONDS, self.start)
+
+    def close(self) -> None:
+        """New connections are refused from now on."""
+        if not self._closed:
+            self._closed = True
+            self._listening = False
+            self._reactor.close(self.sock)
+
+
+def bind(
+    calls: SocketCalls, address: Address, what: str, *, transparent: bool, keepalive: bool = True
+) -> socket.SocketType:
+    """A listening socket, or the sentence that says why there is none.
+
+    Raises:
+        ConfigurationError: the address cannot be bound.
+    """
+    try:
+        return calls.listen(address, transparent=transparent, keepalive=keepalive)
+    except OSError as exc:
+        remedy = {
+            errno.EADDRINUSE: "; another program has it",
+            errno.EADDRNOTAVAIL: "; it is no address of this host",
+            errno.EACCES: "; it needs CAP_NET_BIND_SERVICE",
+            errno.EPERM: "; IP_TRANSPARENT needs CAP_NET_ADMIN, or set ENABLE_ORIG_SRC=false",
+        }.get(exc.errno or 0, "")
+        raise ConfigurationError(f"cannot listen on {address_text(address)} ({what}): {exc.strerror}{remedy}") from exc
+
+
+def keeps_sources(calls: SocketCalls, bind_address: IpAddress, *, wanted: bool | None) -> bool:
+    """Whether connections to applications may come from their client's own address.
+
+    Having the permission is not enough: the replies must find their way back here, by policy routing. So one such
+    connection is made, to a listener of our own, and has half a second to come up.
+
+    Args:
+        calls: the socket calls.
+        bind_address: where the listeners are.
+        wanted: ENABLE_ORIG_SRC; None is "if it works".
+
+    Raises:
+        ConfigurationError: wanted, and it does not work.
+    """
+    if wanted is False:
+        return False
+    why = _probe(calls, bind_address)
+    if why is None:
+        return True
+    if wanted:
+        raise ConfigurationError(
+            f"ENABLE_ORIG_SRC is true, but client addresses cannot be kept: {why}; unset it, or mend that"
+        )
+    _log.info("applications see this host's address, not the client's", reason=why)
+    return False
+
+
+def _probe(calls: SocketCalls, bind_address: IpAddress) -> str | None:
+    """Why it does not work; None when it does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener, socket.socket() as test:
+        try:
+            test.setsockopt(socket.SOL_IP, 19, 1)
+        except OSError:
+            return "IP_TRANSPARENT is not permitted (it needs CAP_NET_ADMIN)"
+        target = bind_address
+        if bind_address.is_unspecified or bind_address.version == 6:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+                try:
+                    route.connect((str(_PROBE_SOURCE), 9))  # asks for a route; sends nothing
+                except OSError:
+                    return "this host has no route for replies to clients"
+                target = parse_ip(route.getsockname()[0])
+        try:
+            listener.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)  # a reply that goes astray dies at the next hop
+            listener.bind((str(target), 0))
+            listener.listen(1)
+            sock = calls.dial((target, listener.getsockname()[1]), source=_PROBE_SOURCE)
+        except OSError as exc:
+            return f"a connection from another address was refused ({exc.strerror})"
+        try:
+            poll = select.poll()
+            poll.register(sock.fileno(), select.POLLOUT)
+            if not poll.poll(_PROBE_SECONDS * 1000) or calls.error_of(sock) is not None:
+                return "replies to a client's address do not come back to this host's proxy (no policy routing)"
+            if calls.local_address(sock)[0] != _PROBE_SOURCE:
+                return "a connection cannot be bound to another's address"
+        finally:
+            sock.close()
+    return None
