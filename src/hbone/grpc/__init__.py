@@ -1,0 +1,21 @@
+"""gRPC for the control plane: hyper-h2 behind a guard, without I/O.
+
+```python
+connection = GrpcConnection(client=True, authority="istiod.example:15012")
+connection.start(now)
+call = connection.start_call("/package.Service/Method", [("authorization", "Bearer ...")])
+connection.send_message(call, request)
+connection.end(call)
+transport.write(connection.data_to_send())
+connection.receive_data(transport.read(), now)
+answer = call.receive()
+```
+
+`hbone.trio.grpc` runs it over TLS.
+"""
+
+from hbone.grpc.connection import Call, GrpcConfig, GrpcConnection
+from hbone.grpc.metadata import Metadata
+from hbone.grpc.status import GrpcError, GrpcUnavailable, StatusCode
+
+__all__ = ["Call", "GrpcConfig", "GrpcConnection", "GrpcError", "GrpcUnavailable", "Metadata", "StatusCode"]
