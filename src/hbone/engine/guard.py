@@ -41,8 +41,8 @@ class Flood(enum.Enum):
     PING = (100.0, 10.0, "PING frames")
     GOAWAY = (10.0, 1.0, "GOAWAY frames")
     IGNORED = (100.0, 10.0, "PRIORITY or unknown frames")
-    STRAY = (1000.0, 100.0, "frames for closed streams")
-    UPDATE = (1000.0, 100.0, "WINDOW_UPDATE frames without need")
+    STRAY = (1000.0, 1000.0, "frames for closed streams")
+    UPDATE = (1000.0, 1000.0, "WINDOW_UPDATE frames without need")
     EMPTY = (100.0, 10.0, "empty or padded DATA frames")
 
 

@@ -42,7 +42,7 @@ _NAMES = {b":authority": b"\x01", b":method": b"\x02", b":status": b"\x08", b"fo
 """Literals without indexing, up to the value. Source: RFC 7541 §6.2.2, appendix A."""
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_BLANKS = b" \t"
+_BLANKS = frozenset({b" ", b"\t"})
 _STATUS = re.compile(rb"[1-9][0-9][0-9]")
 _CONNECTION_FIELDS = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path"})
@@ -208,12 +208,7 @@ def _field_fault(headers: Headers, pseudo: frozenset[bytes]) -> str | None:
     seen: set[bytes] = set()
     regular = False
     for name, value in headers:
-        if (
-            b"\r" in value
-            or b"\n" in value
-            or b"\0" in value
-            or (value and (value[0] in _BLANKS or value[-1] in _BLANKS))
-        ):
+        if b"\r" in value or b"\n" in value or b"\0" in value or value[:1] in _BLANKS or value[-1:] in _BLANKS:
             return f"the value of {name!r} has a forbidden character"
         if name.startswith(b":"):
             if regular or name in seen or name not in pseudo:

@@ -85,7 +85,7 @@ class Inbound(Control):
         self._batch += 1
         try:
             self._receive(memoryview(data))
-            if self._credit <= self._half_window:
+            if self._credit <= self._half_window and not self.closed:
                 self._update_connection()
             if self._finishing and not self._streams:
                 self._finish()
@@ -141,11 +141,11 @@ class Inbound(Control):
                         if flags:
                             self._receive_end(stream)
                         continue
+            if self.closed:
+                return  # by a sink
             position = self._frame(view, position, size, word, flags, stream_id & MAX_STREAM_ID)
             if self._unfinished:
                 position = self._resume(view, position, size)
-            if self.closed:
-                return
         if position < size:
             self._partial += view[position:]
             self._wanted = 0
@@ -288,7 +288,7 @@ class Inbound(Control):
         start = position + HEADER_SIZE
         if kind == FrameType.DATA:
             return self._data(view, start, length, flags, stream_id)
-        if wanted == HEADER_SIZE and length:  # an unknown type: skipped, never kept
+        if kind > FrameType.CONTINUATION:  # skipped, never kept
             self._guard.count(Flood.IGNORED, self._now)
             self._begin(None, 0, length, 0)
             return start
@@ -318,10 +318,12 @@ class Inbound(Control):
         stream = self._streams.get(stream_id)
         if stream is None:
             self._stray_data(stream_id, length)
-        elif not (stream := self._charge(stream, length, flags)):
-            pass
+        elif not self._charge(stream, length):
+            stream = None
         elif length != payload:
             stream.released += length - payload  # padding never reaches the reader
+            if stream.released >= stream.threshold:
+                self._update_window(stream)
         if not length:
             if stream is not None and flags & END_STREAM:
                 self._receive_end(stream)
@@ -329,17 +331,19 @@ class Inbound(Control):
         self._begin(stream, payload, padding, flags)
         return start
 
-    def _charge(self, stream: Stream, length: int, flags: int) -> Stream | None:
-        """Take `length` from the stream's window; None when that, or DATA at all, was a fault."""
+    def _charge(self, stream: Stream, length: int) -> bool:
+        """Take `length` from the stream's window; False when that, or DATA at all, was a fault."""
         if (stream.state, Input.RECEIVE_DATA) not in TRANSITIONS:
-            code, source = FAULTS.get((stream.state, Input.RECEIVE_DATA), (ErrorCode.PROTOCOL_ERROR, "RFC 9113 §5.1"))
+            code, source = FAULTS[stream.state, Input.RECEIVE_DATA]
             self._fault(stream.id, code, f"DATA while it is {stream.state.name}, {source}")
-            return None
+            return False
         if length > stream.credit:
-            self._fault(stream.id, ErrorCode.FLOW_CONTROL_ERROR, f"DATA of {length} bytes; {stream.credit} were left")
-            return None
+            why = f"DATA of {length} bytes; {stream.credit} were left"
+            stream.credit = self._config.stream_window  # more of the same may be on its way
+            self._fault(stream.id, ErrorCode.FLOW_CONTROL_ERROR, why)
+            return False
         stream.credit -= length
-        return stream
+        return True
 
     def _stray_data(self, stream_id: int, length: int) -> None:
         """DATA for a stream that has ended: what was on its way is dropped. Source: RFC 9113 §5.1 closed."""

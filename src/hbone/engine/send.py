@@ -114,9 +114,10 @@ class Outbound:
     # --- payload
 
     def send_capacity(self, stream_id: int) -> int:
-        """Bytes that `send_data` or `prefix_data` takes now: the least of both windows, a frame, and room in the queue.
+        """Bytes that `send_data` or `prefix_data` takes now: the least of both windows and one frame.
 
-        When it is 0, `SendCapacityIncreased` follows once that has changed. A stream whose direction ended has 0.
+        It is 0 while the queue is full. When it is 0, `SendCapacityIncreased` follows once that has changed; on a
+        stream that may not send, because its direction ended or it is not accepted yet, nothing follows.
 
         Raises:
             LocalProtocolError: there is no such stream.
@@ -139,12 +140,9 @@ class Outbound:
                 return 0
         if capacity > self._send_frame:
             capacity = self._send_frame
-        room = SEND_QUEUE - len(self.out)
-        if capacity > room:
-            if room <= 0:
-                self._wants_room = True
-                return 0
-            capacity = room
+        if len(self.out) >= SEND_QUEUE:
+            self._wants_room = True
+            return 0
         return capacity
 
     def send_data(self, stream_id: int, data: bytes | bytearray | memoryview, end_stream: bool = False) -> int:
