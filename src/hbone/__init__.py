@@ -1,1 +1,143 @@
-"""HBONE: many TCP connections in one mutual-TLS HTTP/2 connection between two SPIFFE identities."""
+"""HBONE: many TCP connections in one mutual-TLS HTTP/2 connection between two SPIFFE identities.
+
+The names here need no event loop. `hbone.trio` and `hbone.asyncio` bring one, and are imported by that name;
+`hbone.engine`, `hbone.tls` and `hbone.endpoint` are the parts without I/O for a loop of your own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbone.config import ConnectionConfig
+    from hbone.connect import Authority, BadConnect, Baggage, ConnectRequest
+    from hbone.endpoint import Endpoint
+    from hbone.engine import Engine
+    from hbone.engine.flow import WindowBudget
+    from hbone.errors import (
+        ConfigurationError,
+        ConnectionLost,
+        ConnectRejected,
+        ErrorCode,
+        HboneError,
+        IdentityError,
+        LocalProtocolError,
+        PeerIdentityError,
+        ProtocolError,
+        RemoteProtocolError,
+        StreamResetError,
+        TlsError,
+    )
+    from hbone.identity import (
+        Authorizer,
+        FileSource,
+        Identity,
+        IdentitySource,
+        SpiffeId,
+        StaticSource,
+        TrustBundle,
+        TrustBundles,
+        TrustDomain,
+        X509Svid,
+        allow,
+        any_peer,
+        same_trust_domain,
+    )
+    from hbone.pool import Pool, PoolKey
+    from hbone.tls import IoBuffer, TlsConnection, TlsContext
+
+_HOMES = {
+    "config": ("ConnectionConfig",),
+    "connect": ("Authority", "BadConnect", "Baggage", "ConnectRequest"),
+    "endpoint": ("Endpoint",),
+    "engine": ("Engine",),
+    "engine.flow": ("WindowBudget",),
+    "errors": (
+        "ConfigurationError",
+        "ConnectRejected",
+        "ConnectionLost",
+        "ErrorCode",
+        "HboneError",
+        "IdentityError",
+        "LocalProtocolError",
+        "PeerIdentityError",
+        "ProtocolError",
+        "RemoteProtocolError",
+        "StreamResetError",
+        "TlsError",
+    ),
+    "identity": (
+        "Authorizer",
+        "FileSource",
+        "Identity",
+        "IdentitySource",
+        "SpiffeId",
+        "StaticSource",
+        "TrustBundle",
+        "TrustBundles",
+        "TrustDomain",
+        "X509Svid",
+        "allow",
+        "any_peer",
+        "same_trust_domain",
+    ),
+    "pool": ("Pool", "PoolKey"),
+    "tls": ("IoBuffer", "TlsConnection", "TlsContext"),
+}
+_HOME = {name: f"hbone.{module}" for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Authority",
+    "Authorizer",
+    "BadConnect",
+    "Baggage",
+    "ConfigurationError",
+    "ConnectRejected",
+    "ConnectRequest",
+    "ConnectionConfig",
+    "ConnectionLost",
+    "Endpoint",
+    "Engine",
+    "ErrorCode",
+    "FileSource",
+    "HboneError",
+    "Identity",
+    "IdentityError",
+    "IdentitySource",
+    "IoBuffer",
+    "LocalProtocolError",
+    "PeerIdentityError",
+    "Pool",
+    "PoolKey",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "SpiffeId",
+    "StaticSource",
+    "StreamResetError",
+    "TlsConnection",
+    "TlsContext",
+    "TlsError",
+    "TrustBundle",
+    "TrustBundles",
+    "TrustDomain",
+    "WindowBudget",
+    "X509Svid",
+    "allow",
+    "any_peer",
+    "same_trust_domain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what `name` needs when it is first used: a command's --help shall not wait for OpenSSL."""
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'hbone' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

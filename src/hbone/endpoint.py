@@ -40,10 +40,11 @@ SMALL_PAYLOAD = 4096
 
 _RECORD = 16_384
 _FEED = 256 * 1024
+_QUIET = 5.0
 
 PLAINTEXT = IoBuffer(256 * 1024)
 """Decrypted bytes on their way to the sinks; one for the process, so an idle tunnel owns no large buffer."""
-_plaintext = [PLAINTEXT]  # taken while in use: a second thread, or a tunnel inside a tunnel, makes itself another
+_buffers = [PLAINTEXT]  # taken while in use: a second thread, or a tunnel inside a tunnel, makes itself another
 
 _NOTHING: list[Event] = []
 
@@ -54,7 +55,8 @@ class Endpoint:
     Args:
         context: certificate, roots and parameters of TLS; one context serves many connections.
         client: whether we dialled.
-        authorize: says whether the verified peer may go on; called once, at the end of the handshake.
+        authorize: says whether the verified peer may go on; asked once, while an alert can
+            still tell the peer.
         config: parameters of HTTP/2.
         budget: what receive windows may grow by, shared with other connections.
         now: seconds on any monotonic clock, the same in every call.
@@ -72,7 +74,7 @@ class Endpoint:
     ) -> None:
         self.config = config or ConnectionConfig()
         self.engine = Engine(client=client, config=self.config, budget=budget)
-        self.tls = TlsConnection(context, server=not client)
+        self.tls = TlsConnection(context, server=not client, authorize=authorize)
         self.peer: SpiffeId | None = None
         """Who is at the other end; verified and authorized."""
         self.established = False
@@ -82,7 +84,6 @@ class Endpoint:
         self.opened_at = now
         self.heard_at = now
         """When the peer was last heard."""
-        self._authorize = authorize
         self._closed = False
         self._failed = False
         self._ciphertext = client
@@ -149,7 +150,7 @@ class Endpoint:
     def _read_records(self, events: list[Event], now: float) -> list[Event]:
         engine = self.engine
         read_into = self.tls.read_into
-        buffer = _plaintext.pop() if _plaintext else IoBuffer(PLAINTEXT.size)
+        buffer = _buffers.pop() if _buffers else IoBuffer(PLAINTEXT.size)
         try:
             view = buffer.view
             size = buffer.size
@@ -167,7 +168,7 @@ class Endpoint:
                 if not got:
                     return events
         finally:
-            _plaintext.append(buffer)
+            _buffers.append(buffer)
 
     def _shake_hands(self, now: float) -> bool:
         self._ciphertext = True
@@ -177,8 +178,6 @@ class Endpoint:
         peer = tls.peer_id
         if peer is None:
             raise PeerIdentityError("the peer presented no certificate")
-        if not self._authorize(peer):
-            raise PeerIdentityError(f"the peer is {peer}, which is not authorized here")
         self.peer = peer
         self.established = True
         self.engine.start(now)
@@ -219,17 +218,27 @@ class Endpoint:
             Bytes of ciphertext; less than `buffer.size` means that there is no more.
         """
         out = self.engine.out
-        if out and self.established:
+        if out and self.established and not self._closed and not self._failed:
             self.tls.write(out)
             out.clear()
         nbytes = self.tls.data_to_send_into(buffer)
         self._ciphertext = nbytes == buffer.size
         return nbytes
 
+    def data_to_send(self) -> bytes:
+        """Ciphertext to write to the transport, at most 256 KiB at once; b"" when there is none."""
+        buffer = _buffers.pop() if _buffers else IoBuffer(PLAINTEXT.size)
+        try:
+            return bytes(buffer.view[: self.data_to_send_into(buffer)])
+        finally:
+            _buffers.append(buffer)
+
     @property
     def wants_flush(self) -> bool:
         """Whether `data_to_send_into` has something."""
-        return self._ciphertext or (self.established and bool(self.engine.out))
+        return self._ciphertext or (
+            bool(self.engine.out) and self.established and not self._closed and not self._failed
+        )
 
     def close(self, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
         """Queue GOAWAY, then close_notify. Open streams end with the connection; `engine.drain` lets them finish."""
@@ -261,6 +270,8 @@ class Endpoint:
         if self.ended:
             return []
         if self.established:
+            if now - self.heard_at > _QUIET:
+                self.tls.trim()
             return self.engine.on_time(now)
         timeout = self.config.handshake_timeout
         if now < self.opened_at + timeout:

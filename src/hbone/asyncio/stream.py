@@ -1,0 +1,245 @@
+"""A CONNECT stream as an asyncio transport, for asyncio's own StreamReader and StreamWriter."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from hbone.errors import ErrorCode, HboneError
+from hbone.session import SessionStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hbone.asyncio.connection import Tunnel
+    from hbone.connect import ConnectRequest
+    from hbone.events import Headers
+    from hbone.identity import SpiffeId
+
+__all__ = ["HboneTransport", "TunnelStream"]
+
+_DELIVER = 64 * 1024
+_HIGH_WATER = 64 * 1024
+_LOW_WATER = 16 * 1024
+
+
+class TunnelStream(SessionStream):
+    """The stream behind a transport."""
+
+    def __init__(self, tunnel: Tunnel, request: ConnectRequest, peer: SpiffeId) -> None:
+        super().__init__(tunnel, request, peer)  # type: ignore[arg-type]  # Session is invariant in its streams
+        self.answered: asyncio.Future[None] = tunnel.loop.create_future()
+        self.transport: HboneTransport | None = None
+
+    def on_readable(self) -> None:
+        """Hand on what arrived."""
+        if self.transport is not None:
+            self.transport.deliver()
+
+    def on_writable(self) -> None:
+        """Send what waits."""
+        if self.transport is not None:
+            self.transport.send_backlog()
+
+    def on_answer(self) -> None:
+        """Wake who asked for this stream."""
+        if not self.answered.done():
+            self.answered.set_result(None)
+
+
+class HboneTransport(asyncio.Transport):
+    """Transport of one stream. `get_extra_info` knows `peer`, a SpiffeId, and `request`, the ConnectRequest.
+
+    `close` sends END_STREAM after what was written, then RST_STREAM if the peer is still sending; `abort` and `reset`
+    are abrupt. Source: RFC 9113 §8.5.
+    """
+
+    def __init__(self, stream: TunnelStream, loop: asyncio.AbstractEventLoop, protocol: asyncio.BaseProtocol) -> None:
+        super().__init__({"peer": stream.peer, "request": stream.request})
+        self._stream = stream
+        self._loop = loop
+        self._protocol = protocol
+        self._paused = False
+        self._backlog = bytearray()
+        self._writing_paused = False
+        self._high_water = _HIGH_WATER
+        self._low_water = _LOW_WATER
+        self._ending = False
+        self._closing = False
+        self._eof_told = False
+        self._loss_told = False
+        stream.transport = self
+
+    @property
+    def peer(self) -> SpiffeId:
+        """Who is at the other end, verified."""
+        return self._stream.peer
+
+    # CONNECT
+
+    def accept(self, headers: Headers = ()) -> None:
+        """Server: answer 200."""
+        self._stream.accept(headers)
+
+    def reject(self, status: int, headers: Headers = ()) -> None:
+        """Server: answer with another status, and close.
+
+        Raises:
+            LocalProtocolError: it was accepted before.
+        """
+        self._stream.reject(status, headers)
+        self._closing = True
+        self._tell_loss(None)
+
+    def reset(self, code: ErrorCode = ErrorCode.CONNECT_ERROR) -> None:
+        """End both directions abruptly, with RST_STREAM."""
+        self._closing = True
+        self._backlog.clear()
+        self._stream.reset(code)
+        self._tell_loss(None)
+
+    # Reading
+
+    def is_reading(self) -> bool:
+        """Whether the protocol gets data."""
+        return not self._paused and not self._closing
+
+    def pause_reading(self) -> None:
+        """Keep what arrives; its window bounds it."""
+        self._paused = True
+
+    def resume_reading(self) -> None:
+        """Hand it on again."""
+        if self._paused:
+            self._paused = False
+            self._loop.call_soon(self.deliver)
+
+    def deliver(self) -> None:
+        """Give the protocol what arrived, until it pauses."""
+        protocol = self._protocol
+        while not self._paused and not self._closing and not self._loss_told:
+            try:
+                data = self._stream.read(_DELIVER)
+            except HboneError as error:
+                self._tell_loss(error)
+                return
+            if data is None:
+                return
+            if data:
+                if isinstance(protocol, asyncio.Protocol):
+                    protocol.data_received(data)
+            else:
+                self._tell_eof()
+                return
+
+    # Writing
+
+    def write(self, data: Any) -> None:
+        """Queue `data`; the protocol's `pause_writing` says when that is too much."""
+        if self._ending:
+            raise RuntimeError("write() after write_eof()")
+        if self._closing or self._loss_told:
+            return
+        self._backlog += data
+        self.send_backlog()
+        if len(self._backlog) > self._high_water and not self._writing_paused:
+            self._writing_paused = True
+            self._protocol.pause_writing()
+
+    def writelines(self, list_of_data: Iterable[Any]) -> None:
+        """Queue them all."""
+        self.write(b"".join(list_of_data))
+
+    def write_eof(self) -> None:
+        """Send END_STREAM after what was written; the peer's direction goes on."""
+        if not self._ending:
+            self._ending = True
+            self.send_backlog()
+
+    def can_write_eof(self) -> bool:
+        """Always: a stream's directions end one by one."""
+        return True
+
+    def send_backlog(self) -> None:
+        """Send as much of what waits as windows and queue take."""
+        backlog = self._backlog
+        stream = self._stream
+        sent = 0
+        try:
+            with memoryview(backlog) as view:
+                while sent < len(view):
+                    with view[sent:] as rest:
+                        taken = stream.write(rest)
+                    if not taken:
+                        break
+                    sent += taken
+        except HboneError as error:
+            backlog.clear()
+            self._tell_loss(error)
+            return
+        if sent:
+            del backlog[:sent]
+        if self._writing_paused and len(backlog) <= self._low_water:
+            self._writing_paused = False
+            self._protocol.resume_writing()
+        if not backlog:
+            if self._closing:
+                stream.close()
+                self._tell_loss(None)
+            elif self._ending:
+                stream.end()
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes written that wait for room."""
+        return len(self._backlog)
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Low and high water, in bytes."""
+        return self._low_water, self._high_water
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Say how much may wait before the protocol is asked to pause, in bytes."""
+        self._high_water = high if high is not None else 4 * low if low is not None else _HIGH_WATER
+        self._low_water = low if low is not None else self._high_water // 4
+
+    # The end
+
+    def is_closing(self) -> bool:
+        """Whether `close` was called, or the stream is over."""
+        return self._closing or self._loss_told
+
+    def close(self) -> None:
+        """Send what was written, then END_STREAM, then RST_STREAM if the peer is still sending."""
+        if not self._closing:
+            self._closing = True
+            self.send_backlog()
+
+    def abort(self) -> None:
+        """RST_STREAM CONNECT_ERROR, as for a reset TCP connection."""
+        self.reset()
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Who is told."""
+        return self._protocol
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Tell another one."""
+        self._protocol = protocol
+
+    def _tell_eof(self) -> None:
+        if self._eof_told:
+            return
+        self._eof_told = True
+        keep_open = self._protocol.eof_received() if isinstance(self._protocol, asyncio.Protocol) else False
+        if not keep_open:
+            self.close()
+
+    def _tell_loss(self, error: HboneError | None) -> None:
+        if self._loss_told:
+            return
+        self._loss_told = True
+        broken: Exception | None = None
+        if error is not None:
+            broken = ConnectionResetError(str(error))
+            broken.__cause__ = error
+        self._loop.call_soon(self._protocol.connection_lost, broken)
