@@ -1,0 +1,445 @@
+"""TLS 1.3 over memory buffers: ciphertext in, plaintext out, and back. No sockets.
+
+The data path calls OpenSSL's `SSL_read`, `SSL_write`, `BIO_read` and `BIO_write` on reused buffers: no exception for
+each WANT_READ, no object and no copy for each record.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from OpenSSL import SSL
+
+from hbone.errors import ConfigurationError, PeerIdentityError, TlsError
+from hbone.openssl import DIRECT, IoBuffer, drain_error_queue, ffi, lib
+from hbone.tlscontext import NoSharedProtocol, PeerCheck, TlsContext, reason_of
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+    from hbone.identity.spiffe import SpiffeId
+    from hbone.tlscontext import Authorize
+
+__all__ = ["MAX_READS_WITHOUT_DATA", "IoBuffer", "TlsConnection", "TlsContext"]
+
+MAX_READS_WITHOUT_DATA = 50
+"""Records in a row that carry no data (KeyUpdate, tickets, empty ones) before the connection is cut."""
+
+_RECORD_HEADER = 5
+_MAX_WRITE = 1 << 30
+
+_ABOUT_CERTIFICATES = (
+    "bad certificate",
+    "unsupported certificate",
+    "certificate revoked",
+    "certificate expired",
+    "certificate unknown",
+    "certificate required",
+    "unknown ca",
+    "access denied",
+)
+
+if DIRECT:
+    _ssl_read = lib.SSL_read
+    _ssl_write = lib.SSL_write
+    _ssl_get_error = lib.SSL_get_error
+    _bio_read = lib.BIO_read
+    _bio_write = lib.BIO_write
+    _bio_pending = lib.BIO_get_mem_data
+    _clear_errors = lib.ERR_clear_error
+    _from_buffer = ffi.from_buffer
+    _NULL = ffi.NULL
+    _WANT_READ = lib.SSL_ERROR_WANT_READ
+    _ZERO_RETURN = lib.SSL_ERROR_ZERO_RETURN
+
+
+class TlsConnection:
+    """One TLS connection.
+
+    ```text
+    tls.receive_data(ciphertext)            # at most 256 KiB, then read all of it
+    tls.handshake()                         # until True
+    while n := tls.read_into(buffer, 0, buffer.size): ...
+    tls.write(plaintext)
+    while n := tls.data_to_send_into(buffer): ...   # ciphertext to send; after a TlsError too: that is the alert
+    ```
+
+    Not for two threads at once.
+
+    Args:
+        context: certificate, roots and parameters.
+        server: which end this is; must be the context's.
+        authorize: says whether the verified peer may go on. Asked during the handshake, so that a peer who may not
+            is told by an alert.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_check",
+        "_connection",
+        "_done",
+        "_failure",
+        "_into",
+        "_out",
+        "_shut",
+        "_ssl",
+        "alpn",
+        "cipher",
+        "closed_by_peer",
+        "context",
+        "group",
+        "lost",
+        "peer_chain",
+        "peer_id",
+        "peer_root",
+    )
+
+    def __init__(self, context: TlsContext, *, server: bool, authorize: Authorize | None = None) -> None:
+        if server != context.is_server:
+            ends = ("client", "server")
+            raise ConfigurationError(f"a {ends[server]}'s connection was given a {ends[context.is_server]}'s context")
+        self.context = context
+        self._check = PeerCheck(context.expectation, authorize)
+        self._connection = context.connection()
+        self._connection.set_app_data(self._check)
+        self._done = False
+        self._failure: TlsError | None = None
+        self._shut = False
+        self.closed_by_peer = False
+        """The peer said close_notify: what it sent is complete. Source: RFC 8446 §6.1."""
+        self.lost = False
+        """The transport ended without close_notify: what came may have been cut short."""
+        self.peer_id: SpiffeId | None = None
+        """Who the peer is; None before the handshake is done, and for one without an SVID."""
+        self.peer_chain: tuple[x509.Certificate, ...] = ()
+        """The verified path from the peer's certificate up to, without, the root."""
+        self.peer_root: x509.Certificate | None = None
+        """Where that path ended."""
+        self.alpn: str | None = None
+        self.cipher: str | None = None
+        self.group: str | None = None
+        """What was negotiated; None before the handshake is done."""
+        self._open()
+
+    def _open(self) -> None:
+        self._ssl = self._connection._ssl
+        self._into: Any = self._connection._into_ssl
+        self._out: Any = self._connection._from_ssl
+        # Else one read would work through any number of records that carry nothing.
+        lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_AUTO_RETRY)
+
+    # Handshake
+
+    def handshake(self) -> bool:
+        """Go on with the handshake as far as the received ciphertext leads.
+
+        Returns:
+            Whether it is complete. A client's is so before the server has judged the client's certificate; a
+            refusal comes from the first `read_into`.
+
+        Raises:
+            PeerIdentityError: the peer's certificate is refused.
+            TlsError: anything else; either way an alert is left to send.
+        """
+        if self._done:
+            return True
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            return False
+        except NoSharedProtocol as error:
+            self._fail(TlsError(f"{error}; a tunnel needs h2"))
+        except SSL.Error as error:
+            self._fail(self._handshake_error(reason_of(error)))
+        except BaseException:
+            self._failure = TlsError("the handshake was broken off")
+            raise
+        self._complete()
+        return True
+
+    def _fail(self, error: TlsError) -> NoReturn:
+        self._failure = error
+        raise error
+
+    def _refuse(self, error: TlsError) -> NoReturn:
+        """Refuse after OpenSSL's handshake succeeded: there is no alert of its own, so the peer gets close_notify."""
+        self.shutdown()
+        self._fail(error)
+
+    def _handshake_error(self, reason: str) -> TlsError:
+        if self._check.problem is not None:
+            return PeerIdentityError(self._check.problem)
+        if reason == "peer did not return a certificate":
+            return PeerIdentityError("the client presented no certificate; one that our roots signed is required")
+        if reason.endswith("no application protocol"):
+            return TlsError("the peer refused the protocol h2, so it does not speak HTTP/2 here")
+        if reason in ("wrong version number", "http request", "https proxy request"):
+            return TlsError(f"the peer does not speak TLS ({reason}); is this its TLS port?")
+        if reason in ("unsupported protocol", "tlsv1 alert protocol version"):
+            return TlsError(f"the peer does not speak TLS 1.3 ({reason}), and nothing older is allowed")
+        return self._read_error(reason, "the TLS handshake failed")
+
+    def _read_error(self, reason: str, otherwise: str) -> TlsError:
+        """TLS 1.3: a server's refusal of a client's certificate is the first thing that the client reads."""
+        for alert in _ABOUT_CERTIFICATES:
+            if reason.endswith(f"alert {alert}"):
+                return TlsError(f"the peer refused our certificate: {alert}{self._own_certificate()}")
+        return TlsError(f"{otherwise}: {reason}")
+
+    def _own_certificate(self) -> str:
+        context = self.context
+        if context.own_expiry is None:
+            return " (we have none to present)"
+        return (
+            f" (we are {context.own_id or 'without a SPIFFE ID'}, valid until {context.own_expiry:%Y-%m-%dT%H:%M:%SZ})"
+        )
+
+    def _complete(self) -> None:
+        """What OpenSSL does not insist on."""
+        connection, check, context = self._connection, self._check, self.context
+        alpn = connection.get_alpn_proto_negotiated().decode("ascii", "replace")
+        if alpn != "h2":
+            self._refuse(TlsError("the peer agreed on no protocol by ALPN; h2 is required"))
+        leaf = connection.get_peer_certificate(as_cryptography=True)
+        if leaf is None:
+            if context.needs_peer:
+                self._refuse(PeerIdentityError("the peer presented no certificate"))
+        else:
+            path = connection.get_verified_chain(as_cryptography=True)
+            if not check.accepted or path is None or path != check.path or path[0] != leaf:
+                self._refuse(PeerIdentityError("the peer's certificate was not verified in this handshake"))
+            self.peer_id = check.peer_id
+            self.peer_chain = tuple(path[:-1]) or (leaf,)
+            self.peer_root = path[-1]
+        self.alpn = alpn
+        self.cipher = connection.get_cipher_name()
+        self.group = connection.get_group_name()
+        self._watch()
+        self._done = True
+
+    def _watch(self) -> None:
+        self._connection.set_info_callback(self._check.on_info)
+
+    # Receiving
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> None:
+        """Take ciphertext. At most 256 KiB, then read: what is not read stays in memory."""
+        if data:
+            with _from_buffer(data) as source:
+                _bio_write(self._into, source, len(data))
+
+    def receive_from(self, buffer: IoBuffer, nbytes: int) -> None:
+        """Take the first `nbytes` of ciphertext in `buffer`. Hot path."""
+        _bio_write(self._into, buffer.c, nbytes)
+
+    def receive_eof(self) -> None:
+        """The transport ended; call it when all was read. Sets `lost` where no close_notify came before."""
+        self.lost = not self.closed_by_peer
+
+    def read_into(self, buffer: IoBuffer, offset: int, limit: int) -> int:
+        """Decrypt into `buffer` from `offset` on. Hot path.
+
+        Returns:
+            Bytes, up to `limit` and at most one record's 16 KiB. 0: there is no more until more ciphertext comes,
+            or the peer said close_notify (`closed_by_peer`).
+
+        Raises:
+            TlsError: a broken record, an alert of the peer's, or too many records without data.
+        """
+        _clear_errors()  # SSL_get_error looks at this thread's queue, whoever left something there
+        nbytes: int = _ssl_read(self._ssl, buffer.c + offset, limit)
+        if nbytes > 0:
+            self._check.idle = 0
+            return nbytes
+        return self._read_nothing(buffer, offset, limit, nbytes)
+
+    def _read_nothing(self, buffer: IoBuffer, offset: int, limit: int, nbytes: int) -> int:
+        check = self._check
+        while True:
+            error = _ssl_get_error(self._ssl, nbytes)
+            if error != _WANT_READ:
+                return self._read_end(error == _ZERO_RETURN, "" if error == _ZERO_RETURN else drain_error_queue())
+            if check.idle > MAX_READS_WITHOUT_DATA:
+                self._flooded()
+            if not _bio_pending(self._into, _NULL):
+                return 0
+            # A record without data was before the rest.
+            told = check.idle
+            nbytes = _ssl_read(self._ssl, buffer.c + offset, limit)
+            if nbytes > 0:
+                check.idle = 0
+                return nbytes
+            if check.idle == told and _bio_pending(self._into, _NULL):
+                check.idle += 1
+
+    def _read_end(self, closed: bool, reason: str) -> int:
+        if closed:
+            self.closed_by_peer = True
+            return 0
+        if self._failure is not None:
+            raise self._failure
+        self._fail(self._read_error(reason, "the TLS connection broke"))
+
+    def _flooded(self) -> NoReturn:
+        self.shutdown()
+        self._fail(
+            TlsError(
+                f"the peer sent more than {MAX_READS_WITHOUT_DATA} TLS records in a row without data, and was cut off"
+            )
+        )
+
+    # Sending
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Encrypt `data`; the ciphertext is taken with `data_to_send_into`.
+
+        Raises:
+            TlsError: the connection has failed, or was shut down.
+        """
+        if not data:
+            return
+        with _from_buffer(data) as source:
+            self._encrypt(source, 0, len(data))
+
+    def write_from(self, buffer: IoBuffer, start: int, nbytes: int) -> None:
+        """Encrypt `nbytes` of `buffer` from `start` on, where they stand. Hot path.
+
+        Raises:
+            TlsError: the connection has failed, or was shut down.
+        """
+        if _ssl_write(self._ssl, buffer.c + start, nbytes) != nbytes and nbytes:
+            self._write_failed()
+
+    def _encrypt(self, source: Any, start: int, end: int) -> None:
+        while start < end:
+            done = _ssl_write(self._ssl, source + start, min(end - start, _MAX_WRITE))
+            if done <= 0:
+                self._write_failed()
+            start += done
+
+    def _write_failed(self, reason: str = "") -> NoReturn:
+        reason = reason or drain_error_queue()
+        if self._failure is not None:
+            raise self._failure
+        if not self._done:
+            raise TlsError("nothing can be sent before the TLS handshake is complete")
+        if self._shut:
+            raise TlsError("nothing can be sent after the TLS connection was shut down")
+        self._fail(TlsError(f"nothing more can be sent on the TLS connection: {reason}"))
+
+    def data_to_send_into(self, buffer: IoBuffer) -> int:
+        """Put ciphertext that is to be sent into `buffer`, from its first byte on. Hot path.
+
+        Returns:
+            Bytes; less than `buffer.size` means that there is no more, 0 that there was none.
+        """
+        nbytes: int = _bio_read(self._out, buffer.c, buffer.size)
+        return nbytes if nbytes > 0 else 0
+
+    def shutdown(self) -> None:
+        """Queue close_notify; nothing can be written afterwards, reading goes on. Source: RFC 8446 §6.1."""
+        if self._shut:
+            return
+        self._shut = True
+        try:
+            self._connection.shutdown()
+        except SSL.Error:
+            pass  # before the handshake is complete there is nothing to shut down
+
+    def trim(self) -> None:
+        """Give back the memory that bursts left behind; for a connection that idles. Without effect on data."""
+        if _bio_pending(self._into, _NULL) or _bio_pending(self._out, _NULL):
+            return
+        connection = self._connection
+        into, out = lib.BIO_new(lib.BIO_s_mem()), lib.BIO_new(lib.BIO_s_mem())
+        if into == _NULL or out == _NULL:
+            lib.BIO_free(into)
+            lib.BIO_free(out)
+            return
+        lib.SSL_set_bio(self._ssl, into, out)  # frees the old ones
+        self._into = connection._into_ssl = into
+        self._out = connection._from_ssl = out
+
+
+class PortableTlsConnection(TlsConnection):
+    """The same by pyOpenSSL's public methods alone: what `TlsConnection` is where `DIRECT` is false."""
+
+    __slots__ = ("_ciphertext",)
+
+    def _open(self) -> None:
+        self._ciphertext = bytearray()
+
+    def _watch(self) -> None:
+        pass  # records are counted as they are fed
+
+    def handshake(self) -> bool:
+        while not self._done:
+            if super().handshake():
+                break
+            if not self._feed():
+                return False
+        return True
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> None:
+        self._ciphertext += data
+
+    def receive_from(self, buffer: IoBuffer, nbytes: int) -> None:
+        self._ciphertext += buffer.view[:nbytes]
+
+    def _feed(self) -> bool:
+        """Hand OpenSSL one whole record, so that each read answers for one."""
+        data = self._ciphertext
+        if len(data) < _RECORD_HEADER:
+            return False
+        length = _RECORD_HEADER + int.from_bytes(data[3:5], "big")
+        if len(data) < length and length <= _RECORD_HEADER + (1 << 14) + 256:
+            return False
+        self._connection.bio_write(bytes(data[:length]))
+        del data[:length]
+        return True
+
+    def read_into(self, buffer: IoBuffer, offset: int, limit: int) -> int:
+        while True:
+            try:
+                nbytes = self._connection.recv_into(buffer.view[offset : offset + limit], limit)
+            except SSL.WantReadError:
+                if not self._feed():
+                    return 0
+                self._check.idle += 1
+                if self._check.idle > MAX_READS_WITHOUT_DATA + 1:
+                    self._flooded()
+                continue
+            except SSL.ZeroReturnError:
+                return self._read_end(closed=True, reason="")
+            except SSL.Error as error:
+                return self._read_end(closed=False, reason=reason_of(error))
+            self._check.idle = 0
+            return nbytes
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._connection.send(view) :]
+        except SSL.Error:
+            self._write_failed("the connection failed before")
+
+    def write_from(self, buffer: IoBuffer, start: int, nbytes: int) -> None:
+        self.write(buffer.view[start : start + nbytes])
+
+    def data_to_send_into(self, buffer: IoBuffer) -> int:
+        try:
+            data = self._connection.bio_read(buffer.size)
+        except SSL.WantReadError:
+            return 0
+        buffer.view[: len(data)] = data
+        return len(data)
+
+    def trim(self) -> None:
+        pass  # pyOpenSSL does not let go of its buffers
+
+
+if not DIRECT:
+    TlsConnection = PortableTlsConnection  # type: ignore[misc]  # the same interface
