@@ -10,6 +10,7 @@ Source: gRPC over HTTP2; RFC 9113.
 from __future__ import annotations
 
 import collections
+import contextlib
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
@@ -465,10 +466,7 @@ class GrpcConnection:
         """Give up a call at either end. Without effect on one that is over."""
         if call.closed:
             return
-        try:
-            self._http2.reset_stream(call.stream_id, ErrorCodes(code))
-        except H2Error:
-            pass  # it ended within what was just received
+        self._reset(call.stream_id, ErrorCodes(code))
         self._finish_call(call, GrpcError(StatusCode.CANCELLED, "the call was cancelled"))
 
     # Verbs of a server
@@ -585,7 +583,8 @@ class GrpcConnection:
         increment = goal - call._outstanding
         if increment >= max(goal // 4, 1024):
             call._outstanding += increment
-            self._http2.increment_flow_control_window(increment, call.stream_id)
+            with contextlib.suppress(H2Error):  # hyper-h2 may have read on to the call's end already
+                self._http2.increment_flow_control_window(increment, call.stream_id)
 
     # Sending
 
@@ -654,7 +653,7 @@ class GrpcConnection:
             call.headers_sent = True
         self._http2.send_headers(call.stream_id, fields, end_stream=True)
         if not call.ended:  # it need not go on sending. Source: RFC 9113 §8.1
-            self._http2.reset_stream(call.stream_id, ErrorCodes.NO_ERROR)
+            self._reset(call.stream_id, ErrorCodes.NO_ERROR)
         self._finish_call(call, None)
 
     def _finish_call(self, call: Call, failure: GrpcError | None) -> None:
@@ -680,7 +679,7 @@ class GrpcConnection:
         assert stream_id is not None
         if stream_id > self._refuse_above or len(self.calls) >= self.config.max_concurrent_streams:
             self._guard.floods.count(Flood.REFUSAL, now)
-            self._http2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
+            self._reset(stream_id, ErrorCodes.REFUSED_STREAM)
             return
         found = {bytes(name): bytes(value) for name, value in fields}
         if found.get(b":method") != b"POST":
@@ -706,8 +705,9 @@ class GrpcConnection:
 
     def _reject(self, stream_id: int, status: bytes) -> None:
         """Answer what is no gRPC request."""
-        self._http2.send_headers(stream_id, [(b":status", status)], end_stream=True)
-        self._http2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
+        with contextlib.suppress(H2Error):
+            self._http2.send_headers(stream_id, [(b":status", status)], end_stream=True)
+            self._http2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
 
     def _on_response(self, event: ResponseReceived, _: float) -> None:
         call = self.calls.get(event.stream_id or 0)
@@ -784,20 +784,18 @@ class GrpcConnection:
             return
         status = call._status or GrpcError(StatusCode.UNKNOWN, "the server ended the call without a status")
         if not call._closing:
-            self._reset(call, ErrorCodes.CANCEL)  # we had more to say
+            self._reset(call.stream_id, ErrorCodes.CANCEL)  # we had more to say
         elif call.unsent:
-            self._reset(call, ErrorCodes.CANCEL)
+            self._reset(call.stream_id, ErrorCodes.CANCEL)
         call._status = status
         self._finish_call(call, status if status.code != StatusCode.OK else None)
 
-    def _reset(self, call: Call, code: ErrorCodes) -> None:
-        try:
-            self._http2.reset_stream(call.stream_id, code)
-        except H2Error:
-            pass  # closed both ways already
+    def _reset(self, stream_id: int, code: ErrorCodes) -> None:
+        with contextlib.suppress(H2Error):  # closed both ways already
+            self._http2.reset_stream(stream_id, code)
 
     def _abandon(self, call: Call, failure: GrpcError) -> None:
-        self._reset(call, ErrorCodes.CANCEL)
+        self._reset(call.stream_id, ErrorCodes.CANCEL)
         self._finish_call(call, failure)
 
     def _on_reset(self, event: StreamReset, now: float) -> None:
