@@ -289,7 +289,9 @@ def address(**values: object) -> bytes:
 def test_snapshot_brings_everything_back() -> None:
     store = Store()
     wire = address(uid="c//Pod/default/w", name="w", addresses=[b"\x0a\x02\x00\x01"], tunnel_protocol=1)
-    rule = authorization_pb2.Authorization(name="p", namespace="default", scope=1).SerializeToString()
+    rule = authorization_pb2.Authorization(
+        name="p", namespace="default", scope=authorization_pb2.NAMESPACE
+    ).SerializeToString()
     store.apply_policies([decode_policy("default/p", rule)])
     store.apply_addresses([decode_address("c//Pod/default/w", wire), service("from-file")])
     data = store.snapshot({"c//Pod/default/w": "7"}, {"default/p": "3"})
@@ -306,7 +308,9 @@ def test_snapshot_brings_everything_back() -> None:
 
 def test_snapshot_keeps_what_could_not_be_read_denying() -> None:
     store = Store()
-    bad = authorization_pb2.Authorization(name="p", namespace="default", scope=1, action=1)
+    bad = authorization_pb2.Authorization(
+        name="p", namespace="default", scope=authorization_pb2.NAMESPACE, action=authorization_pb2.DENY
+    )
     bad.rules.add().clauses.add().matches.add(destination_ports=[70_000])
     payload = bad.SerializeToString()
     with pytest.raises(RejectedResource) as caught:

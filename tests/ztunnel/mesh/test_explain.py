@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+
+from tests.support.mesh import at, gateway_at, hbone, service, store_of, tcp
+
+from ztunnel.mesh import Authorization, Store
+from ztunnel.mesh.explain import Explanation, explain
+from ztunnel.mesh.policy import Action, Kind, Match, PolicyScope, StringMatch
+
+CLIENT = hbone("client", "10.1.0.1")
+WEB = "default/web.default.svc.cluster.local"
+
+
+def told(store: Store, destination: str) -> Explanation:
+    store.apply_addresses([CLIENT])
+    return explain(store, CLIENT, at(destination))
+
+
+def texts(found: Explanation, topic: str) -> list[str]:
+    return [step.text for step in found.steps if step.topic == topic]
+
+
+def test_service_is_told_with_each_endpoint_and_the_expected_peer() -> None:
+    found = told(
+        store_of(
+            service("web", "10.96.0.1"),
+            hbone("good", "10.2.0.1", services={WEB: {}}),
+            hbone("sick", "10.2.0.2", services={WEB: {}}, healthy=False),
+            hbone("idle", "10.2.0.3", services={WEB: {}}, capacity=0),
+        ),
+        "10.96.0.1:80",
+    )
+    assert found.allowed
+    assert texts(found, "destination") == [f"10.96.0.1 is a virtual address of service {WEB}"]
+    assert sorted(texts(found, "endpoints")) == [
+        "c//Pod/default/idle is left out: its capacity is 0",
+        "c//Pod/default/sick is left out: it is unhealthy",
+        "default/good may be chosen, on port 8080, with weight 1",
+    ]
+    assert texts(found, "route") == [
+        "HBONE tunnel to workload default/good at 10.2.0.1:15008, asking for 10.2.0.1:8080"
+    ]
+    assert texts(found, "peer") == ["it must prove to be spiffe://cluster.local/ns/default/sa/good"]
+
+
+def test_denying_policy_is_named() -> None:
+    store = store_of(hbone("web", "10.2.0.1"))
+    match = Match(principals=(StringMatch(Kind.SUFFIX, "/sa/client"),))
+    deny = Authorization(
+        name="no", namespace="default", scope=PolicyScope.NAMESPACE, action=Action.DENY, rules=(((match,),),)
+    )
+    store.apply_policies([deny])
+    found = told(store, "10.2.0.1:80")
+    assert not found.allowed
+    assert texts(found, "policy") == ["policies of default/web: default/no", "denied: explicitly denied by: default/no"]
+    assert json.loads(json.dumps(found.to_dict()))["policy"]["policy"] == "default/no"
+
+
+def test_plaintext_carries_no_identity_to_the_policies() -> None:
+    store = store_of(tcp("web", "10.2.0.1"))
+    match = Match(principals=(StringMatch(Kind.PRESENCE),))
+    allow = Authorization(
+        name="who", namespace="default", scope=PolicyScope.NAMESPACE, action=Action.ALLOW, rules=(((match,),),)
+    )
+    store.apply_policies([allow])
+    found = told(store, "10.2.0.1:80")
+    assert texts(found, "route") == ["plain TCP to default/web at 10.2.0.1:80: it takes no tunnels"]
+    assert not found.allowed
+
+
+def test_waypoint_passthrough_and_refusal_are_told() -> None:
+    store = store_of(hbone("web", "10.2.0.1", waypoint=gateway_at("10.9.0.9")))
+    found = told(store, "10.2.0.1:80")
+    assert texts(found, "waypoint") == ["traffic to it belongs through waypoint /10.9.0.9:15008"]
+    assert texts(found, "route") == ["refused: unknown waypoint: /10.9.0.9:15008"]
+    assert found.to_dict()["route"] == {"kind": "refused", "error": "unknown waypoint: /10.9.0.9:15008"}
+    passed = told(store, "1.2.3.4:80")
+    assert texts(passed, "destination") == ["1.2.3.4 is not in the mesh on network ''"]
+    assert passed.allowed
+    assert passed.decision is None
+
+
+def test_many_endpoints_are_cut_short() -> None:
+    many = [hbone(f"w{n}", f"10.2.0.{n}", services={WEB: {}}) for n in range(50)]
+    found = told(store_of(service("web", "10.96.0.1"), *many), "10.96.0.1:80")
+    assert len(texts(found, "endpoints")) == 21
+    assert texts(found, "endpoints")[-1] == "and 30 more"

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import attrs
+import pytest
+
+from hbone.errors import ConfigurationError
+from ztunnel.config import Config, WorkloadInfo
+from ztunnel.mesh import parse_ip
+
+
+def read(environ: dict[str, str] | None = None, directory: Path | None = None) -> Config:
+    return Config.from_env(environ or {}, directory=directory or Path("/nonexistent"))
+
+
+def test_empty_environment_gives_the_defaults() -> None:
+    assert read() == Config()
+    assert read().own_ports == {15001, 15006, 15008, 15000, 15020, 15021}
+    assert (read().listen_host, read().loopback_host) == ("::", "127.0.0.1")
+
+
+def test_environment_of_a_dedicated_ztunnel_is_read() -> None:
+    found = read(
+        {
+            "PROXY_MODE": "dedicated",
+            "PROXY_WORKLOAD_INFO": "shop/web-0/web",
+            "NETWORK": "n",
+            "NODE_NAME": "node-a",
+            "CLUSTER_ID": "one",
+            "ISTIO_META_CLUSTER_ID": "two",
+            "ISTIO_META_ISTIO_VERSION": "1.30",
+            "ISTIO_METAJSON_LABELS": '{"app": "x"}',
+            "ISTIO_METAJSON_BAD": "{",
+            "XDS_ADDRESS": "istiod.example:15012",
+            "CA_ADDRESS": "",
+            "XDS_HEADER_X-Api": "v",
+            "SECRET_TTL": "1h30m",
+            "KEEPALIVE_TIME": "10s",
+            "ENABLE_ORIG_SRC": "false",
+            "IPV6_ENABLED": "false",
+            "UNSTABLE_ENABLE_SOCKS5": "true",
+            "ZTUNNEL_BIND_ADDRESS": "127.0.1.1",
+            "ZTUNNEL_HBONE_PORT": "25008",
+            "ZTUNNEL_STATE_DIR": "/tmp/z",
+            "RUST_LOG": "debug,access=info",
+            "LOG_FORMAT": "json",
+        }
+    )
+    assert found.served == WorkloadInfo("shop", "web-0", "web")
+    assert (found.network, found.node_name, found.cluster_id) == ("n", "node-a", "two")
+    assert (found.istio_version, found.json_metadata) == ("1.30", {"LABELS": {"app": "x"}})
+    assert (found.xds_address, found.ca_address) == ("https://istiod.example:15012", "")
+    assert found.xds_headers == (("x-api", "v"),)
+    assert (found.secret_ttl, found.keepalive_time, found.original_source) == (5400.0, 10.0, False)
+    assert (found.bind_address, found.listen_host, found.loopback_host) == (
+        parse_ip("127.0.1.1"),
+        "127.0.1.1",
+        "127.0.1.1",
+    )
+    assert {25008, 15080} <= found.own_ports
+    assert 15008 not in found.own_ports
+    assert (found.log_level, found.log_format, found.state_dir) == ("debug", "json", Path("/tmp/z"))
+    assert found.warnings == (
+        "RUST_LOG part 'access=info' does nothing here: one level holds for all parts",
+        "ISTIO_METAJSON_BAD is not JSON and was skipped",
+    )
+
+
+def test_bind_address_that_others_reach_keeps_admin_on_loopback() -> None:
+    found = read({"ZTUNNEL_BIND_ADDRESS": "10.0.0.5"})
+    assert (found.listen_host, found.loopback_host) == ("10.0.0.5", "127.0.0.1")
+
+
+def test_istiod_in_the_cluster_is_the_default_there() -> None:
+    found = read({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+    assert found.xds_address == found.ca_address == "https://istiod.istio-system.svc:15012"
+
+
+MESH = """
+defaultConfig:
+  discoveryAddress: file.example:15012
+  proxyAdminPort: 15099
+  statsPort: 15098
+  unknownKey: {}
+  proxyMetadata: {ISTIO_META_A: file, B: file, C: file}
+"""
+
+
+def test_mesh_file_then_proxy_config_then_variables(tmp_path: Path) -> None:
+    path = tmp_path / "etc/istio/config/mesh"
+    path.parent.mkdir(parents=True)
+    path.write_text(MESH)
+    found = read({}, tmp_path)
+    assert (found.xds_address, found.admin_port, found.stats_port) == ("https://file.example:15012", 15099, 15098)
+    assert found.proxy_metadata == {"A": "file", "B": "file", "C": "file"}
+    found = read(
+        {
+            "PROXY_CONFIG": '{"statsPort": 1, "proxyMetadata": {"B": "env", "CLUSTER_ID": "c"}}',
+            "ISTIO_META_C": "variable",
+            "ZTUNNEL_ADMIN_PORT": "2",
+        },
+        tmp_path,
+    )
+    assert (found.admin_port, found.stats_port, found.cluster_id) == (2, 1, "c")
+    assert found.proxy_metadata == {"A": "file", "B": "env", "C": "variable", "CLUSTER_ID": "c"}
+    assert read({"XDS_ADDRESS": "https://x:1"}, tmp_path).xds_address == "https://x:1"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"KEEPALIVE_ENABLED": "TRUE"}, "invalid env var KEEPALIVE_ENABLED=TRUE (expected exactly true or false)"),
+        ({"KEEPALIVE_ENABLED": ""}, "invalid env var KEEPALIVE_ENABLED= (expected exactly true or false)"),
+        ({"KEEPALIVE_RETRIES": ""}, "invalid env var KEEPALIVE_RETRIES= (expected a decimal number)"),
+        ({"KEEPALIVE_RETRIES": "0x9"}, "invalid env var KEEPALIVE_RETRIES=0x9 (expected a decimal number)"),
+        ({"KEEPALIVE_RETRIES": "0"}, "keepalive_retries is 0; it must be from 1 to 127"),
+        ({"SECRET_TTL": "5"}, "invalid env var SECRET_TTL=5 ('5' is not a duration"),
+        ({"SECRET_TTL": "91d"}, "invalid env var SECRET_TTL=91d (secret_ttl is 7862400"),
+        ({"HTTP2_FRAME_SIZE": "1"}, "invalid env var HTTP2_FRAME_SIZE=1 (frame_size is 1; it must be from 16384"),
+        ({"PROXY_MODE": "shared"}, "PROXY_MODE=shared (shared mode is not built yet"),
+        ({"PROXY_MODE": ""}, "invalid env var PROXY_MODE= (expected dedicated)"),
+        ({"PROXY_WORKLOAD_INFO": "a/b"}, "(expected namespace/name/service-account)"),
+        ({"PROXY_WORKLOAD_INFO": "a//b"}, "(expected namespace/name/service-account)"),
+        ({"XDS_ADDRESS": "http://a:1"}, "(only https is possible"),
+        ({"XDS_ADDRESS": "https://a:1/path"}, "(expected https://host:port and nothing else)"),
+        ({"CA_ADDRESS": "h:99999"}, "invalid env var CA_ADDRESS=h:99999"),
+        ({"ZTUNNEL_BIND_ADDRESS": "localhost"}, "(expected an IP address)"),
+        ({"ZTUNNEL_HBONE_PORT": "65536"}, "(a port is at most 65535)"),
+        ({"ZTUNNEL_STATE_DIR": ""}, "(expected a path)"),
+        ({"LOG_FORMAT": "xml"}, "(expected plain or json or console)"),
+        ({"RUST_LOG": "loud"}, "(expected one of trace, debug, info, warn, error, off)"),
+        ({"TERMINATION_GRACE_PERIOD_SECONDS": "x"}, "invalid env var TERMINATION_GRACE_PERIOD_SECONDS=x"),
+        ({"CRL_PATH": "/crl.pem"}, "invalid env var CRL_PATH=/crl.pem (revocation lists are not checked yet"),
+        ({"TLS12_ENABLED": "true"}, "(only TLS 1.3 is spoken; unset it)"),
+        ({"COMPLIANCE_POLICY": "pqc"}, "invalid env var COMPLIANCE_POLICY=pqc"),
+        ({"FAKE_CA": "true"}, "(there is no fake CA"),
+        ({"LOCAL_XDS": "", "LOCAL_XDS_PATH": "/x"}, "LOCAL_XDS and LOCAL_XDS_PATH are both set; keep one of them"),
+        ({"ENABLE_PROXY": "false"}, "ztunnel run without any servers enabled"),
+        ({"PROXY_CONFIG": "["}, "PROXY_CONFIG is not YAML, line 1"),
+        ({"PROXY_CONFIG": "[]"}, "PROXY_CONFIG is a list; expected keys and values"),
+        ({"PROXY_CONFIG": "statsPort: x"}, "PROXY_CONFIG: statsPort is 'x'; expected a port"),
+        ({"PROXY_CONFIG": "proxyMetadata: {A: 1}"}, "quote numbers and booleans"),
+        ({"PROXY_CONFIG": "discoveryAddress: http://x"}, "discoveryAddress is 'http://x' (only https"),
+        ({"ISTIO_META_DNS_PROXY_ADDR": "nonsense"}, "failed to parse DNS_PROXY_ADDR: 'nonsense'"),
+        ({"XDS_HEADER_a b": "v"}, "the name is no header name"),
+        ({"CA_HEADER_a": "v\n"}, "the value is not printable ASCII"),
+    ],
+)
+def test_wrong_variable_is_one_sentence(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        read(environ)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "environ", [{"CRL_PATH": ""}, {"TLS12_ENABLED": "yes"}, {"COMPLIANCE_POLICY": ""}, {"FAKE_CA": "false"}]
+)
+def test_switch_that_is_off_is_not_refused(environ: dict[str, str]) -> None:
+    assert read(environ) == Config()
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"XDS_ON_DEMAND": "true"},
+        {"ZTUNNEL_WORKER_THREADS": "4"},
+        {"INPOD_UDS": "/x"},
+        {"ISTIO_META_DNS_CAPTURE": "true"},
+        {"ISTIO_META_DNS_PROXY_ADDR": "localhost:15053"},
+        {"PREFERED_SERVICE_NAMESPACE": "a"},
+    ],
+)
+def test_variable_without_effect_is_told(environ: dict[str, str]) -> None:
+    (warning,) = read(environ).warnings
+    (name,) = environ
+    assert name.removeprefix("ISTIO_META_") in warning
+    assert "does nothing here" in warning
+
+
+@pytest.mark.parametrize(("seconds", "deadline"), [("30", 25.0), ("11", 6.0), ("10", 9.0), ("1", 1.0), ("0", 1.0)])
+def test_grace_period_gives_the_drain_deadline_unless_it_is_set(seconds: str, deadline: float) -> None:
+    assert read({"TERMINATION_GRACE_PERIOD_SECONDS": seconds}).drain_deadline == deadline
+    both = {"TERMINATION_GRACE_PERIOD_SECONDS": seconds, "CONNECTION_TERMINATION_DEADLINE": "7s"}
+    assert read(both).drain_deadline == 7.0
+
+
+def test_token_and_headers_appear_in_no_dump_or_error() -> None:
+    found = read({"AUTH_TOKEN": "hunter2", "XDS_HEADER_A": "hunter2", "CA_HEADER_A": "hunter2"})
+    assert found.auth_token == "hunter2"
+    assert "hunter2" not in repr(found) + str(found.dump)
+    with pytest.raises(ConfigurationError) as caught:
+        read({"CA_HEADER_A": "hunter2\n"})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_missing_workload_is_told_when_it_is_needed() -> None:
+    with pytest.raises(ConfigurationError, match="PROXY_WORKLOAD_INFO is not set"):
+        _ = read().served
+
+
+def test_every_variable_is_documented_once() -> None:
+    variables = Config.variables()
+    names = [variable.name for variable in variables]
+    assert len(set(names)) == len(names)
+    assert all(variable.meaning and variable.default for variable in variables)
+    assert all(re.fullmatch(r"[A-Z0-9_]+(<\w+>)?", name) for name in names)
+
+
+def test_every_field_can_be_set_or_says_where_it_comes_from() -> None:
+    derived = {"xds_headers", "ca_headers", "proxy_metadata", "json_metadata", "warnings"}
+    assert {field.name for field in attrs.fields(Config) if "env" not in field.metadata} == derived
+
+
+def test_connection_parameters_follow() -> None:
+    found = read({"HTTP2_STREAM_WINDOW_SIZE": "131072", "HTTP2_FRAME_SIZE": "16384"}).connection
+    assert (found.stream_window, found.initial_stream_window, found.max_frame_size) == (131072, 131072, 16384)

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.openmetrics import parser
+from tests.support.mesh import hbone, service, tcp
+
+from hbone.identity import SpiffeId
+from ztunnel import metrics as module
+from ztunnel.errors import ResponseFlag
+from ztunnel.mesh.workload import Locality
+from ztunnel.metrics import Metrics, Traffic
+
+SOURCE = hbone(
+    "client-0", workload_name="client", canonical_name="cl", canonical_revision="v1", locality=Locality("r", "z")
+)
+TARGET = hbone("web-0", workload_name="web", canonical_name="web")
+WEB = service("web")
+STABLE = {
+    "istio_build",
+    "istio_tcp_connections_opened",
+    "istio_tcp_connections_closed",
+    "istio_tcp_received_bytes",
+    "istio_tcp_sent_bytes",
+    "process_max_fds",
+    "process_open_fds",
+}
+
+
+def page(metrics: Metrics) -> str:
+    return metrics.exposition()[1].decode()
+
+
+def families_of(metrics: Metrics) -> dict[str, Metric]:
+    found = parser.text_string_to_metric_families(page(metrics))  # type: ignore[no-untyped-call]  # the library's
+    return {family.name: family for family in found}
+
+
+def outbound(metrics: Metrics) -> Traffic:
+    return metrics.connection("source", SOURCE, SOURCE.identity, TARGET, WEB, None, "mutual_tls")
+
+
+def test_labels_stand_in_istios_order() -> None:
+    metrics = Metrics()
+    outbound(metrics).opened()
+    (line,) = [line for line in page(metrics).splitlines() if line.startswith("istio_tcp_connections_opened_total")]
+    assert line == (
+        'istio_tcp_connections_opened_total{reporter="source",source_workload="client",'
+        'source_canonical_service="cl",source_canonical_revision="v1",source_workload_namespace="default",'
+        'source_principal="spiffe://cluster.local/ns/default/sa/client-0",source_app="cl",source_version="v1",'
+        'source_cluster="Kubernetes",destination_service="web.default.svc.cluster.local",'
+        'destination_service_namespace="default",destination_service_name="web",destination_workload="web",'
+        'destination_canonical_service="web",destination_canonical_revision="unknown",'
+        'destination_workload_namespace="default",'
+        'destination_principal="spiffe://cluster.local/ns/default/sa/web-0",destination_app="web",'
+        'destination_version="unknown",destination_cluster="Kubernetes",request_protocol="tcp",response_flags="-",'
+        'connection_security_policy="mutual_tls",source_region="r",source_zone="z",destination_region="unknown",'
+        'destination_zone="unknown"} 1'
+    )
+
+
+def test_bytes_and_ends_are_counted_by_flag() -> None:
+    metrics = Metrics()
+    traffic = outbound(metrics)
+    for _ in range(3):
+        traffic.opened()
+    traffic.received(11)
+    traffic.sent(22)
+    traffic.closed()
+    traffic.closed(ResponseFlag.CONNECT)
+    families = families_of(metrics)
+
+    def values(name: str) -> dict[str, float]:
+        return {sample.labels["response_flags"]: sample.value for sample in families[name].samples}
+
+    assert values("istio_tcp_connections_opened") == {"-": 3}
+    assert values("istio_tcp_connections_closed") == {"-": 1, "CONNECT": 1}
+    assert values("istio_tcp_connections_failed") == {"CONNECT": 1}
+    assert values("istio_tcp_received_bytes") == {"-": 11}
+    assert values("istio_tcp_sent_bytes") == {"-": 22}
+
+
+def test_connections_of_one_kind_share_their_counters() -> None:
+    metrics = Metrics()
+    assert outbound(metrics) is outbound(metrics)
+    again = hbone("client-0", workload_name="client", canonical_name="cl", canonical_revision="v1")
+    assert metrics.connection("source", again, again.identity, TARGET, WEB, None, "mutual_tls") is not outbound(metrics)
+
+
+def test_unknown_destination_of_plaintext_is_unknown_without_locality() -> None:
+    metrics = Metrics()
+    labels = metrics.connection("destination", None, None, None, None).label_dict(ResponseFlag.DENY)
+    assert labels["reporter"] == "destination"
+    assert labels["response_flags"] == "DENY"
+    assert "source_region" not in labels
+    others = {
+        key: value for key, value in labels.items() if key not in {"reporter", "request_protocol", "response_flags"}
+    }
+    assert set(others.values()) == {"unknown"}
+
+
+def test_destination_principal_is_the_workloads_even_for_plaintext() -> None:
+    plain = tcp("db", "10.2.0.1")
+    labels = Metrics().connection("source", SOURCE, None, plain, None).label_dict(ResponseFlag.NONE)
+    assert labels["source_principal"] == "unknown"
+    assert labels["destination_principal"] == "spiffe://cluster.local/ns/default/sa/db"
+
+
+def test_help_says_unstable_exactly_where_it_is() -> None:
+    metrics = Metrics("1.2")
+    outbound(metrics).closed(ResponseFlag.DENY)
+    metrics.socket_opened("source")
+    metrics.xds_message("type", 5)
+    metrics.xds_terminated("Complete")
+    metrics.on_demand_dns(SOURCE, "web.example")
+    metrics.policy_closed()
+    metrics.add_gauge("ztunnel_tunnels", "Tunnels that are open", lambda: 3)
+    lines = page(metrics).splitlines()
+    helps = {line.split()[2]: line for line in lines if line.startswith("# HELP")}
+    assert set(helps) >= STABLE
+    for name, line in helps.items():
+        assert ("unstable" in line) is (name not in STABLE)
+        assert line.endswith(".")
+    assert 'istio_build{component="ztunnel",tag="1.2"} 1' in lines
+    assert "ztunnel_tunnels 3" in lines
+    assert lines[-1] == "# EOF"
+
+
+def test_family_without_a_sample_is_left_out() -> None:
+    assert "istio_tcp_connections" not in page(Metrics())
+    assert "istio_xds" not in page(Metrics())
+
+
+def test_sockets_go_up_and_down() -> None:
+    metrics = Metrics()
+    metrics.socket_opened("source")
+    metrics.socket_opened("destination")
+    metrics.socket_closed("source")
+    assert 'istio_tcp_sockets_open{reporter="source"} 0' in page(metrics)
+    assert 'istio_tcp_sockets_open{reporter="destination"} 1' in page(metrics)
+
+
+@pytest.mark.parametrize(
+    ("accept", "open_metrics"),
+    [
+        ("", False),
+        ("text/plain", False),
+        ("application/openmetrics-text", True),
+        ("text/html, Application/OpenMetrics-Text;version=1.0.0;q=0.5", True),
+        (["text/html", "application/openmetrics-text"], True),
+        ("application/openmetrics-textual", False),
+    ],
+)
+def test_content_type_is_negotiated(accept: str | list[str], open_metrics: bool) -> None:
+    content_type, body = Metrics().exposition(accept)
+    expected = (
+        "application/openmetrics-text;charset=utf-8;version=1.0.0" if open_metrics else "text/plain; charset=utf-8"
+    )
+    assert content_type == expected
+    assert body.endswith(b"# EOF\n")
+
+
+def test_label_values_are_escaped() -> None:
+    metrics = Metrics()
+    metrics.xds_message('a"b\\c\nd', 1)
+    assert 'url="a\\"b\\\\c\\nd"' in page(metrics)
+
+
+def test_label_sets_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_SERIES", 5)
+    metrics = Metrics()
+    for number in range(50):
+        peer = SpiffeId.istio("cluster.local", "shop", f"sa-{number}")
+        metrics.connection("destination", None, peer, TARGET, None).opened()
+    families = families_of(metrics)
+    opened = families["istio_tcp_connections_opened"].samples
+    assert len(opened) == 6
+    assert sum(sample.value for sample in opened) == 50
+    assert families["ztunnel_label_sets_merged"].samples[0].value == 45
+
+
+def test_it_registers_with_prometheus_client() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics()
+    registry.register(metrics)
+    metrics.socket_opened("source")
+    assert registry.get_sample_value("istio_tcp_sockets_open", {"reporter": "source"}) == 1
