@@ -132,6 +132,16 @@ def test_a_stream_carries_bytes_both_ways_and_ends_both_ways() -> None:
     assert pair.client.engine.open_streams == pair.server.engine.open_streams == 0
 
 
+def test_single_bytes_on_the_wire_make_no_difference() -> None:
+    pair = EnginePair(chunks=lambda data: (data[at : at + 1] for at in range(len(data))))
+    stream = pair.open()
+    pair.send(pair.client, stream, b"question" * 1000, end_stream=True)
+    pair.send(pair.server, stream, b"answer" * 1000, end_stream=True)
+    assert pair.server.received[stream] == b"question" * 1000
+    assert pair.client.received[stream] == b"answer" * 1000
+    assert pair.client.engine.open_streams == pair.server.engine.open_streams == 0
+
+
 def test_half_close_leaves_the_other_direction_open() -> None:
     pair = EnginePair()
     stream = pair.open()
