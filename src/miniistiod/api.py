@@ -230,6 +230,13 @@ class Api:
         if scope.cancelled_caught:
             raise GrpcError(StatusCode.UNAVAILABLE, "a newer stream of the same node took the place of this one")
 
+    def end_streams(self) -> None:
+        """The control plane goes away: clients are to connect again."""
+        for stream in self.streams.values():
+            stream.failure = GrpcError(StatusCode.UNAVAILABLE, "the control plane is shutting down")
+            stream.ended = True
+            stream.wake.set()
+
     def _node(self, first: discovery_pb2.DeltaDiscoveryRequest, caller: auth.Caller, call: Call) -> auth.Node:
         if not first.HasField("node") or not first.node.id:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, "missing node information")
@@ -287,17 +294,20 @@ class Api:
             )
 
     async def _write(self, stream: _Stream, call: Call) -> None:
-        while not stream.ended:
-            stream.wake = trio.Event()
-            stream.subscriber.offer(self._mesh.snapshot)
-            for response in stream.subscriber.take(trio.current_time()):
-                self._metrics.pushes.labels(_short(response.type_url)).inc()
-                await call.send(response.SerializeToString())
-            if stream.ended:
-                return
-            deadline = stream.subscriber.deadline
-            with trio.move_on_at(float("inf") if deadline is None else deadline):
-                await stream.wake.wait()
+        try:
+            while True:
+                stream.wake = trio.Event()
+                stream.subscriber.offer(self._mesh.snapshot)
+                for response in stream.subscriber.take(trio.current_time()):
+                    self._metrics.pushes.labels(_short(response.type_url)).inc()
+                    await call.send(response.SerializeToString())
+                if stream.ended:
+                    return
+                deadline = stream.subscriber.deadline
+                with trio.move_on_at(float("inf") if deadline is None else deadline):
+                    await stream.wake.wait()
+        except GrpcError as error:
+            stream.failure = stream.failure or error
 
 
 def _parse(kind: Any, data: bytes | None) -> Any:

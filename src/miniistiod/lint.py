@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["findings"]
 
 
-def findings(registry: Registry, trust_domain: str) -> list[Finding]:
-    """Everything that is wrong between documents."""
-    return [*_lost_hosts(registry), *_shared_addresses(registry), *_foreign_principals(registry, trust_domain)]
+def findings(registry: Registry, trust_domain: str | None) -> list[Finding]:
+    """Everything that is wrong between documents; principals are looked at when the mesh's trust domain is known."""
+    principals = () if trust_domain is None else _foreign_principals(registry, trust_domain)
+    return [*_lost_hosts(registry), *_shared_addresses(registry), *principals]
 
 
 def _warning(meta: Metadata, what: str, fix: str) -> Finding:

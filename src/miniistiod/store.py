@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["DATABASE", "ROOT_FILE", "IssuedCertificate", "Redemption", "Store", "TokenRecord"]
+__all__ = ["ADMIN_SOCKET", "DATABASE", "ROOT_FILE", "IssuedCertificate", "Redemption", "Store", "TokenRecord"]
 
 DATABASE = "state.db"
 ROOT_FILE = "root-cert.pem"
+ADMIN_SOCKET = "admin.sock"
 SCHEMA_VERSION = 1
 RETRY_SECONDS = 60.0
 """How long the same key may come again with a one-time token, after an answer was lost on its way."""

@@ -113,8 +113,8 @@ def verify_reusable(text: str, key: bytes, trust_domain: str, now: float) -> Reu
             trust_domain=trust_domain,
             namespace=namespace,
             service_account=account,
-            issued=claims["iat"],
-            expires=claims["exp"],
+            issued=int(claims["iat"]),
+            expires=int(claims["exp"]),
         )
         correct = (prefix, kind) == ("system", "serviceaccount") and claims["aud"] == [AUDIENCE]
         issuer = claims["iss"]

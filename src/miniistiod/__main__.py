@@ -1,0 +1,36 @@
+"""`python -m miniistiod` and the console script: says what is missing where the extra was not installed."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+EXTRA = {
+    "google": "protobuf",
+    "hypercorn": "hypercorn",
+    "prometheus_client": "prometheus-client",
+    "structlog": "structlog",
+    "yaml": "pyyaml",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        from miniistiod.cli import main as run
+    except ModuleNotFoundError as error:
+        package = EXTRA.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        sys.stderr.write(f"miniistiod: {package} is not installed; pip install 'hbone[miniistiod]'\n")
+        return 2
+    return run(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,468 @@
+"""`miniistiod run | init | check | token | get | version`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from hbone.commandline import CommandError, ExitCode, Parser, run
+from hbone.config import parse_duration
+from hbone.daemon import logs
+from hbone.daemon.files import write_private
+from hbone.errors import ConfigurationError
+from miniistiod import admin_client, issue_tokens, lint, watch
+from miniistiod.config import Config, parse_address
+from miniistiod.registry import Inputs, Registry
+from miniistiod.resources import Severity, load
+from miniistiod.store import ADMIN_SOCKET, ROOT_FILE, Store
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
+    from miniistiod.resources import Finding
+    from miniistiod.store import TokenRecord
+
+__all__ = ["main", "parser"]
+
+PROGRAM = "miniistiod"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run(PROGRAM, _dispatch, argv)
+
+
+def _dispatch(argv: Sequence[str] | None) -> int:
+    arguments = parser().parse_args(argv)
+    return int(arguments.command(arguments))
+
+
+def _example(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def parser() -> Parser:
+    """The command line."""
+    top = Parser(
+        prog=PROGRAM,
+        description="Identity authority and control plane of an ambient mesh without Kubernetes.",
+        epilog=_example(
+            "miniistiod run --config mesh/ --state /var/lib/miniistiod --init",
+            "miniistiod check mesh/",
+            "miniistiod token create --state /var/lib/miniistiod --namespace shop --service-account orders",
+        ),
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_init(commands)
+    _add_check(commands)
+    _add_token(commands)
+    _add_get(commands)
+    version = commands.add_parser("version", help="print the version", epilog=_example("miniistiod version"))
+    version.set_defaults(command=_version)
+    return top
+
+
+def _command(commands: Any, name: str, text: str, function: Callable[..., int], *examples: str) -> Any:
+    added = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=_example(*examples)
+    )
+    added.set_defaults(command=function)
+    return added
+
+
+def _add_state(command: Any) -> None:
+    command.add_argument(
+        "--state",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="private directory (0700) of the root, tokens, register",
+    )
+
+
+def _add_run(commands: Any) -> None:
+    command = _command(
+        commands,
+        "run",
+        "serve a mesh: certificates and discovery for its ztunnels",
+        _run,
+        "miniistiod run --config mesh/ --state /var/lib/miniistiod --init",
+        "miniistiod run --config mesh/ --state state/ --listen 10.0.0.1:15012 --name mesh.example.com",
+    )
+    command.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of YAML documents and meshconfig.yaml, watched",
+    )
+    _add_state(command)
+    command.add_argument("--init", action="store_true", help="make the state and a new root if there is none")
+    command.add_argument("--trust-domain", metavar="TD", help="with --init: the mesh's trust domain (cluster.local)")
+    command.add_argument(
+        "--listen", default="0.0.0.0:15012", metavar="ADDR[:PORT]", help="discovery and CA over TLS (0.0.0.0:15012)"
+    )
+    command.add_argument(
+        "--monitoring", default="127.0.0.1:15014", metavar="ADDR[:PORT]", help="metrics, readiness (127.0.0.1:15014)"
+    )
+    command.add_argument(
+        "--name", action="append", default=[], metavar="HOST", help="a name or address that hosts dial; may be repeated"
+    )
+    command.add_argument("--default-ttl", default="24h", metavar="TIME", help="lifetime of a certificate (24h)")
+    command.add_argument("--max-ttl", default="90d", metavar="TIME", help="more than this is refused (90d)")
+    command.add_argument("--log-format", choices=("plain", "json", "console"), help="console on a terminal, else plain")
+    command.add_argument("--log-level", default="info", choices=("trace", "debug", "info", "warn", "error", "off"))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = Config(
+        config_dir=arguments.config,
+        state_dir=arguments.state,
+        init=arguments.init,
+        trust_domain=arguments.trust_domain,
+        listen=parse_address(arguments.listen, 15012),
+        monitoring=parse_address(arguments.monitoring, 15014),
+        names=tuple(arguments.name),
+        default_lifetime=_lifetime(arguments.default_ttl),
+        max_lifetime=_lifetime(arguments.max_ttl),
+    )
+    watch.scan(config.config_dir)  # a wrong path is told at once, and no root is made for it
+    logs.configure(arguments.log_format or ("console" if sys.stdout.isatty() else "plain"), arguments.log_level)
+    try:
+        trio.run(_serve, config)
+    finally:
+        logs.shutdown()
+    return ExitCode.DONE
+
+
+async def _serve(config: Config) -> None:
+    from miniistiod.app import MiniIstiod  # servers and metrics: other commands start faster without
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with MiniIstiod(config):
+            async for number in signals:
+                logs.get_logger("miniistiod.app").info("stopping", signal=signal.Signals(number).name)
+                return
+
+
+def _lifetime(text: str) -> datetime.timedelta:
+    return datetime.timedelta(seconds=parse_duration(text))
+
+
+def _add_init(commands: Any) -> None:
+    command = _command(
+        commands,
+        "init",
+        "make the state of a new mesh: its root, ten years, P-256",
+        _init,
+        "miniistiod init --state /var/lib/miniistiod --trust-domain mesh.example.com",
+    )
+    _add_state(command)
+    command.add_argument("--trust-domain", default="cluster.local", metavar="TD", help="(cluster.local)")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    with Store.create(arguments.state, arguments.trust_domain, datetime.datetime.now(datetime.UTC)) as store:
+        signer = store.signer()
+        print(f"trust domain  {store.trust_domain}")
+        print(f"root          {arguments.state / ROOT_FILE}")
+        print(f"root SHA-256  {signer.sha256.hex()}")
+        print(f"valid until   {signer.certificate.not_valid_after_utc:%Y-%m-%d}")
+    return ExitCode.DONE
+
+
+# -- check
+
+
+def _add_check(commands: Any) -> None:
+    command = _command(
+        commands,
+        "check",
+        "say what is wrong with documents before they are loaded: file, line, what, how to mend it",
+        _check,
+        "miniistiod check mesh/",
+        "miniistiod check mesh/shop.yaml mesh/meshconfig.yaml --strict",
+    )
+    command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a directory, or YAML files")
+    command.add_argument("--strict", action="store_true", help="exit 1 for warnings too")
+    command.add_argument("--json", action="store_true", help="findings as JSON")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    files: dict[str, str] = {}
+    for path in arguments.paths:
+        if path.is_dir():
+            files.update({str(path / name): text for name, text in watch.read(path).items()})
+        else:
+            files[str(path)] = _text(path)
+    resources = load(files)
+    findings: list[Finding] = list(resources.findings)
+    if not resources.errors:
+        findings += lint.findings(Registry(resources, Inputs()), resources.mesh.trust_domain)
+    errors = sum(item.severity is Severity.ERROR for item in findings)
+    if arguments.json:
+        print(json.dumps([item.to_json() for item in findings], indent=1))
+    else:
+        for item in findings:
+            print(item)
+        kinds = f"{len(resources.resources)} documents, {errors} errors, {len(findings) - errors} warnings"
+        print(kinds, file=sys.stderr)
+    return ExitCode.NO if errors or (arguments.strict and findings) else ExitCode.DONE
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"{str(path)!r} cannot be read: {(error.strerror or '').lower()}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{str(path)!r} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+# -- token
+
+
+def _add_token(commands: Any) -> None:
+    tokens = _command(
+        commands,
+        "token",
+        "make, list and revoke tokens for hosts that have no certificate yet",
+        lambda _: ExitCode.MISUSE,
+        "miniistiod token create --state state/ --namespace shop --service-account orders --name orders-1",
+        "miniistiod token create --state state/ --namespace shop --service-account orders --reusable --out istio-token",
+        "miniistiod token list --state state/",
+        "miniistiod token revoke --state state/ 3f9c2a61d0b4",
+    )
+    inner = tokens.add_subparsers(metavar="COMMAND", required=True)
+    create = _command(
+        inner,
+        "create",
+        "make a token: one-time for `ztunnel enroll`, or reusable for a stock ztunnel",
+        _token_create,
+        "miniistiod token create --state state/ --namespace shop --service-account orders --name orders-1 --ttl 1h",
+    )
+    _add_state(create)
+    create.add_argument("--namespace", required=True, metavar="NS")
+    create.add_argument("--service-account", required=True, metavar="SA")
+    create.add_argument("--name", metavar="N", help="the WorkloadEntry that the host will be")
+    create.add_argument("--ttl", metavar="TIME", help="how long it may be used (1h; reusable 90d)")
+    create.add_argument("--reusable", action="store_true", help="one that a stock ztunnel presents again and again")
+    create.add_argument("--out", type=Path, metavar="FILE", help="write the token there, 0600, without a newline")
+    create.add_argument(
+        "--server", metavar="HOST", help="name or address that the host will dial, for the printed command"
+    )
+    create.add_argument("--json", action="store_true")
+    listing = _command(
+        inner, "list", "show tokens, without their secrets", _token_list, "miniistiod token list --state state/"
+    )
+    _add_state(listing)
+    listing.add_argument("--json", action="store_true")
+    revoke = _command(
+        inner,
+        "revoke",
+        "make a token worthless",
+        _token_revoke,
+        "miniistiod token revoke --state state/ 3f9c2a61d0b4",
+    )
+    _add_state(revoke)
+    revoke.add_argument("id", metavar="ID")
+
+
+def _token_create(arguments: argparse.Namespace) -> int:
+    with Store.open(arguments.state) as store:
+        token = issue_tokens.create(
+            store,
+            namespace=arguments.namespace,
+            service_account=arguments.service_account,
+            name=arguments.name,
+            lifetime=None if arguments.ttl is None else parse_duration(arguments.ttl),
+            reusable=arguments.reusable,
+            now=time.time(),
+        )
+    if arguments.out is not None:
+        try:
+            write_private(arguments.out, token.text)
+        except OSError as error:
+            with Store.open(arguments.state) as store:
+                store.revoke_token(token.id, time.time())
+            raise CommandError(
+                f"{str(arguments.out)!r} cannot be written: {(error.strerror or '').lower()}; the token was revoked"
+            ) from None
+    _show_token(token, arguments)
+    return ExitCode.DONE
+
+
+def _show_token(token: issue_tokens.NewToken, arguments: argparse.Namespace) -> None:
+    shown = {"id": token.id, "identity": token.identity, "expires": _when(token.expires)}
+    if arguments.json:
+        print(json.dumps({**shown, **({} if arguments.out else {"token": token.text})}))
+        return
+    print(f"{token.id}  {token.identity}  until {_when(token.expires)}", file=sys.stderr)
+    if arguments.out is not None:
+        print(f"written to {arguments.out}", file=sys.stderr)
+    elif arguments.reusable:
+        print(token.text)
+    else:
+        server = arguments.server or "HOST"
+        print("on the host, with HOST the name or address of this control plane:", file=sys.stderr)
+        print(f"printf %s '{token.text}' | ztunnel enroll --server {server} --token-file -")
+
+
+def _token_list(arguments: argparse.Namespace) -> int:
+    now = time.time()
+    with Store.open(arguments.state) as store:
+        records = store.list_tokens()
+    if arguments.json:
+        print(json.dumps([_token_json(item, now) for item in records], indent=1))
+        return ExitCode.DONE
+    rows = [
+        (
+            item.id,
+            item.kind,
+            item.state(now),
+            f"{item.namespace}/{item.service_account}",
+            item.name or "-",
+            _when(item.expires),
+        )
+        for item in records
+    ]
+    _table(("ID", "KIND", "STATE", "ACCOUNT", "NAME", "EXPIRES"), rows)
+    return ExitCode.DONE
+
+
+def _token_json(item: TokenRecord, now: float) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "kind": item.kind,
+        "state": item.state(now),
+        "namespace": item.namespace,
+        "serviceAccount": item.service_account,
+        "name": item.name,
+        "created": _when(item.created),
+        "expires": _when(item.expires),
+    }
+
+
+def _token_revoke(arguments: argparse.Namespace) -> int:
+    with Store.open(arguments.state) as store:
+        if not store.revoke_token(arguments.id, time.time()):
+            raise CommandError(
+                f"there is no token {arguments.id!r}; 'miniistiod token list' shows them", code=ExitCode.NO
+            )
+    print(f"{arguments.id} is revoked", file=sys.stderr)
+    return ExitCode.DONE
+
+
+# -- get
+
+
+def _add_get(commands: Any) -> None:
+    command = _command(
+        commands,
+        "get",
+        "show what a running control plane knows and has issued",
+        _get,
+        "miniistiod get workloads --state state/",
+        "miniistiod get certificates --state state/ --json",
+    )
+    command.add_argument("what", choices=("workloads", "services", "policies", "certificates", "subscribers"))
+    _add_state(command)
+    command.add_argument("--json", action="store_true")
+
+
+def _get(arguments: argparse.Namespace) -> int:
+    socket = arguments.state / ADMIN_SOCKET
+    items = admin_client.fetch(socket, f"/{arguments.what}")
+    if arguments.json:
+        print(json.dumps(items, indent=1))
+        return ExitCode.DONE
+    header, row = _COLUMNS[arguments.what]
+    _table(header, [row(item) for item in items])
+    status = admin_client.fetch(socket, "/ready")
+    for problem in status["problems"]:
+        print(f"{PROGRAM}: not in force: {problem}", file=sys.stderr)
+    _warn_of_tokens(arguments.state)
+    return ExitCode.DONE
+
+
+def _warn_of_tokens(state: Path) -> None:
+    now = time.time()
+    with contextlib.suppress(ConfigurationError), Store.open(state) as store:
+        for item in store.list_tokens():
+            left = item.expires - now
+            if item.kind == "reusable" and item.state(now) == "valid" and left < 14 * 86_400:
+                account = f"{item.namespace}/{item.service_account}"
+                print(
+                    f"{PROGRAM}: the reusable token {item.id} of {account} expires in {left / 86_400:.0f} days;"
+                    " make a new one",
+                    file=sys.stderr,
+                )
+
+
+def _workload(item: dict[str, Any]) -> tuple[str, ...]:
+    body = item["workload"]
+    at = ",".join(alias.partition("/")[2] for alias in item["at"]) or body.get("hostname", "-")
+    return (
+        f"{body['namespace']}/{body['name']}",
+        at,
+        body.get("serviceAccount", "default"),
+        body.get("tunnelProtocol", "plaintext"),
+        ",".join(sorted(body.get("services", {}))) or "-",
+        ",".join(body.get("authorizationPolicies", ())) or "-",
+    )
+
+
+def _service(item: dict[str, Any]) -> tuple[str, ...]:
+    body = item["service"]
+    ports = ",".join(f"{port['servicePort']}->{port.get('targetPort', '?')}" for port in body.get("ports", ()))
+    return item["name"], ",".join(alias.partition("/")[2] for alias in item["at"]) or "-", ports or "-"
+
+
+def _policy(item: dict[str, Any]) -> tuple[str, ...]:
+    body = item["policy"]
+    return item["name"], body.get("action", "ALLOW"), body.get("scope", "GLOBAL"), str(len(body.get("rules", ())))
+
+
+def _certificate(item: dict[str, Any]) -> tuple[str, ...]:
+    return item["serial"], item["spiffe_id"], _when(item["issued"]), _when(item["expires"]), item["caller"]
+
+
+def _subscriber(item: dict[str, Any]) -> tuple[str, ...]:
+    rejected = [kind["rejected"] for kind in item["types"].values() if kind["rejected"]]
+    return item["node"], item["identity"], item["remote"], _when(item["since"]), rejected[0] if rejected else "-"
+
+
+_COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, ...]]]] = {
+    "workloads": (("WORKLOAD", "ADDRESS", "ACCOUNT", "TUNNEL", "SERVICES", "POLICIES"), _workload),
+    "services": (("SERVICE", "ADDRESS", "PORTS"), _service),
+    "policies": (("POLICY", "ACTION", "SCOPE", "RULES"), _policy),
+    "certificates": (("SERIAL", "IDENTITY", "ISSUED", "EXPIRES", "CALLER"), _certificate),
+    "subscribers": (("NODE", "IDENTITY", "FROM", "SINCE", "REJECTED"), _subscriber),
+}
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    del arguments
+    print(f"{PROGRAM} {importlib.metadata.version('hbone')}")
+    return ExitCode.DONE

@@ -1,0 +1,116 @@
+"""Pages of the control plane: metrics and readiness for anyone, the mesh itself on the state's private socket."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from google.protobuf import json_format
+
+from ztunnel.wire import authorization_pb2, workload_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hbone.daemon.http import App, Receive, Scope, Send
+    from miniistiod.api import Api
+    from miniistiod.mesh import Mesh
+    from miniistiod.metrics import Metrics
+    from miniistiod.store import Store
+
+__all__ = ["admin_app", "monitoring_app"]
+
+
+def monitoring_app(mesh: Mesh, metrics: Metrics, refresh: Callable[[], None]) -> App:
+    """`/metrics` and `/ready`. Nothing here is secret: addresses of the mesh are not on these pages."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        del receive
+        if scope["method"] not in ("GET", "HEAD"):
+            await _respond(send, 405, "only GET is answered here\n", "text/plain")
+        elif scope["path"] == "/metrics":
+            refresh()
+            accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), "")
+            text, content_type = metrics.expose(accept)
+            await _respond(send, 200, text, content_type)
+        elif scope["path"] == "/ready":
+            status = mesh.status.to_json()
+            await _json(send, status, 200 if mesh.status.loaded else 503)
+        else:
+            await _respond(send, 404, "there is /metrics and /ready\n", "text/plain")
+
+    return app
+
+
+def admin_app(mesh: Mesh, store: Store, api: Api) -> App:
+    """Debug pages as JSON, for `miniistiod get` and for people."""
+    pages: dict[str, Callable[[], Any]] = {
+        "/ready": lambda: {**mesh.status.to_json(), "warnings": list(mesh.status.warnings)},
+        "/workloads": lambda: _addresses(mesh, "workload"),
+        "/services": lambda: _addresses(mesh, "service"),
+        "/policies": lambda: _policies(mesh),
+        "/certificates": lambda: [attrs.asdict(item) for item in store.certificates(time.time())],
+        "/subscribers": lambda: _subscribers(api),
+        "/state": lambda: json.loads(store.describe()),
+    }
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        del receive
+        page = pages.get(scope["path"])
+        if scope["method"] != "GET":
+            await _respond(send, 405, "only GET is answered here\n", "text/plain")
+        elif page is None:
+            await _respond(send, 404, f"there are {' '.join(sorted(pages))}\n", "text/plain")
+        else:
+            await _json(send, page(), 200)
+
+    return app
+
+
+def _addresses(mesh: Mesh, kind: str) -> list[Any]:
+    found = []
+    for name, item in sorted(mesh.snapshot.addresses.items()):
+        message = workload_pb2.Address.FromString(item.body)
+        if message.WhichOneof("type") == kind:
+            body = json_format.MessageToDict(getattr(message, kind))
+            found.append({"name": name, "version": item.version, "at": list(item.aliases), kind: body})
+    return found
+
+
+def _policies(mesh: Mesh) -> list[Any]:
+    return [
+        {
+            "name": name,
+            "version": item.version,
+            "policy": json_format.MessageToDict(authorization_pb2.Authorization.FromString(item.body)),
+        }
+        for name, item in sorted(mesh.snapshot.policies.items())
+    ]
+
+
+def _subscribers(api: Api) -> list[Any]:
+    return [
+        {
+            "stream": stream.id,
+            "node": stream.node.id,
+            "identity": str(stream.caller.identity),
+            "by": stream.caller.how,
+            "remote": stream.remote,
+            "since": stream.since,
+            "types": stream.subscriber.describe(),
+        }
+        for stream in api.streams.values()
+    ]
+
+
+async def _json(send: Send, value: Any, status: int) -> None:
+    await _respond(send, status, json.dumps(value, indent=1) + "\n", "application/json")
+
+
+async def _respond(send: Send, status: int, body: str | bytes, content_type: str) -> None:
+    data = body.encode() if isinstance(body, str) else body
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})

@@ -1,0 +1,217 @@
+"""What is refused, each with the line and the remedy. What is taken is in `test_golden.py`."""
+
+from __future__ import annotations
+
+import pytest
+
+from miniistiod.resources import (
+    AuthorizationPolicy,
+    Namespace,
+    ResourceSet,
+    ServiceEntry,
+    Severity,
+    WorkloadEntry,
+    load,
+)
+
+HEAD = {
+    "AP": "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\nspec:\n",
+    "PA": "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: p, namespace: shop}\nspec:\n",
+    "SE": "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: s, namespace: shop}\nspec:\n",
+    "WE": "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: w, namespace: shop}\nspec:\n",
+    "SVC": "apiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: shop}\nspec:\n",
+}
+HOSTS = "  hosts: [a.mesh]\n  ports: [{number: 80, name: http, protocol: HTTP}]\n"
+
+
+def read(text: str) -> ResourceSet:
+    return load({"a.yaml": text})
+
+
+def errors(text: str) -> list[str]:
+    return [str(error) for error in read(text).errors]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "line", "what"),
+    [
+        ("AP", "  action: AUDIT\n", 5, "spec.action AUDIT cannot be enforced"),
+        ("AP", "  action: allow\n", 5, "spec.action is 'allow'"),
+        ("AP", "  selector: {}\n", 5, "spec.selector names no label"),
+        ("AP", "  selector: {matchLabels: {}}\n", 5, "spec.selector names no label"),
+        ("AP", "  selector: {matchLabels: {app: 'a*'}}\n", 5, "wildcard"),
+        ("AP", "  targetRef: {kind: Gateway, name: w}\n", 5, "spec.targetRef binds the policy to a waypoint"),
+        ("AP", "  action: DENY\n", 5, "a DENY policy without rules denies nothing"),
+        ("AP", "  rule: []\n", 5, "unknown field spec.rule"),
+        ("AP", "  rules:\n  - from: []\n", 6, "spec.rules[0].from is empty"),
+        ("AP", "  rules:\n  - from: [{source: {}}]\n", 6, "spec.rules[0].from[0].source says nothing"),
+        ("AP", "  rules:\n  - from: [{}]\n", 6, "spec.rules[0].from[0].source is missing"),
+        ("AP", "  rules:\n  - from: [{source: {principals: []}}]\n", 6, "is an empty list, which restricts nothing"),
+        ("AP", "  rules:\n  - from:\n    - source: {principals: [spiffe://td/ns/a/sa/b]}\n", 7, "has the scheme"),
+        ("AP", "  rules:\n  - from: [{source: {principals: [bob]}}]\n", 6, "not a principal"),
+        ("AP", "  rules:\n  - from: [{source: {namespaces: ['*a*']}}]\n", 6, "more than one wildcard"),
+        ("AP", "  rules:\n  - from: [{source: {namespaces: ['a*b']}}]\n", 6, "more than one wildcard"),
+        ("AP", "  rules:\n  - from: [{source: {namespaces: ['']}}]\n", 6, "empty"),
+        ("AP", "  rules:\n  - from: [{source: {serviceAccounts: ['a/b/c']}}]\n", 6, "not a service account"),
+        ("AP", "  rules:\n  - from: [{source: {serviceAccounts: ['*']}}]\n", 6, "not a service account"),
+        ("AP", "  rules:\n  - from: [{source: {ipBlocks: [10.0.0.0/33]}}]\n", 6, "not a network"),
+        ("AP", "  rules:\n  - from: [{source: {ipBlocks: ['::ffff:10.0.0.1']}}]\n", 6, "an IPv4 address written as"),
+        ("AP", "  rules:\n  - from: [{source: {ipBlocks: [fe80::1%eth0]}}]\n", 6, "a zone"),
+        ("AP", "  rules:\n  - from: [{source: {remoteIpBlocks: [10.0.0.1]}}]\n", 6, "remoteIpBlocks is about requests"),
+        ("AP", "  rules:\n  - to: [{operation: {methods: [GET]}}]\n", 6, "methods is about requests"),
+        ("AP", "  rules:\n  - to: [{operation: {ports: [80]}}]\n", 6, "is '80', a number"),
+        ("AP", "  rules:\n  - to: [{operation: {ports: ['080']}}]\n", 6, "not a port"),
+        ("AP", "  rules:\n  - to: [{operation: {ports: ['65536']}}]\n", 6, "not a port"),
+        ("AP", "  rules:\n  - to: [{operation: {ports: ['٨٠']}}]\n", 6, "not a port"),
+        ("AP", "  rules:\n  - when: [{key: connection.sni, values: [a]}]\n", 6, "'connection.sni' is about requests"),
+        ("AP", "  rules:\n  - when: [{key: source.ip}]\n", 6, "neither values nor notValues"),
+        ("AP", "  rules:\n  - when: [{values: [a]}]\n", 6, "key is missing"),
+        ("AP", "  rules: {}\n", 5, "spec.rules is a mapping instead of a list"),
+        ("AP", "  rules: [1]\n", 5, "spec.rules[0] is number instead of a mapping"),
+        ("PA", "  mtls: {mode: MAYBE}\n", 5, "spec.mtls.mode is 'MAYBE'"),
+        ("PA", "  portLevelMtls: {80: {mode: STRICT}}\n", 5, "has an effect only with a selector"),
+        ("PA", "  selector: {matchLabels: {a: b}}\n  portLevelMtls: {http: {mode: STRICT}}\n", 6, "has the key 'http'"),
+        ("SE", "  ports: []\n", 5, "spec.hosts names no host"),
+        ("SE", "  hosts: [a.mesh]\n", 5, "spec.ports names no port"),
+        ("SE", HOSTS + "  hosts: [b.mesh]\n", 7, "given twice"),
+        ("SE", "  hosts: [A..b]\n  ports: [{number: 80, name: http}]\n", 5, "not a host name"),
+        ("SE", HOSTS + "  addresses: [10.0.0]\n", 7, "not an IP address"),
+        ("SE", HOSTS + "  resolution: DYNAMIC_DNS\n", 5, "needs a waypoint"),
+        ("SE", HOSTS + "  resolution: static\n", 7, "spec.resolution is 'static'"),
+        ("SE", HOSTS + "  endpoints: [{address: 10.0.0.1}]\n", 5, "NONE means the address that was dialled"),
+        ("SE", HOSTS + "  resolution: STATIC\n  endpoints: [{}]\n", 8, "spec.endpoints[0].address is missing"),
+        ("SE", HOSTS + "  resolution: STATIC\n  endpoints: [{address: 'unix:///a'}]\n", 8, "a Unix socket"),
+        ("SE", HOSTS + "  workloadSelector: {labels: {}}\n", 7, "names no label"),
+        ("SE", HOSTS + "  exportTo: [.]\n", 7, "which is not enforced"),
+        ("SE", "  hosts: [a.mesh]\n  ports: [{number: 0, name: http}]\n", 6, "spec.ports[0].number is 0"),
+        ("SE", "  hosts: [a.mesh]\n  ports: [{number: 80}]\n", 6, "spec.ports[0].name is missing"),
+        ("SE", "  hosts: [a.mesh]\n  ports: [{name: x}]\n", 6, "spec.ports[0].number is missing"),
+        ("SE", "  hosts: [a.mesh]\n  ports: [{number: 80, name: a, protocol: X}]\n", 6, "protocol is 'X'"),
+        ("SE", "  hosts: [a.mesh]\n  ports: [{number: 1, name: a}, {number: 1, name: b}]\n", 6, "repeats port 1"),
+        ("WE", "  address: 10.0.0.300\n", 5, "not an IP address"),
+        ("WE", "  address: [10.0.0.1]\n", 5, "is a list instead of a text"),
+        ("WE", "  {}\n", 5, "spec.address is missing"),
+        ("WE", "  address: 10.0.0.1\n  serviceAccount: A/b\n", 5, "spec.serviceAccount is 'A/b'"),
+        ("WE", "  address: 10.0.0.1\n  weight: -1\n", 6, "spec.weight is -1"),
+        ("WE", "  address: 10.0.0.1\n  locality: a/b/c/d\n", 5, "write region/zone/subzone"),
+        ("WE", "  address: 10.0.0.1\n  ports: {http: 99999}\n", 6, "spec.ports[http] is 99999"),
+        ("WE", "  address: 10.0.0.1\n  labels: {v: 1}\n", 6, "spec.labels[v] is '1', a number; put it in quotes"),
+        ("SVC", "  type: LoadBalancer\n  ports: [{port: 80}]\n", 5, "has no meaning without Kubernetes"),
+        ("SVC", "  ports: [{port: 80, protocol: UDP}]\n", 5, "which the mesh does not carry"),
+    ],
+)
+def test_a_wrong_field_is_an_error_with_its_line(kind: str, spec: str, line: int, what: str) -> None:
+    found = errors(HEAD[kind] + spec)
+    assert any(item.startswith(f"a.yaml:{line}: error: ") and what in item for item in found), found
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("[]\n", "a list instead of a mapping"),
+        ("kind: Namespace\n", "the apiVersion of a Namespace is missing"),
+        ("apiVersion: v2\nkind: Namespace\nmetadata: {name: a}\n", "the apiVersion of a Namespace is 'v2'"),
+        ("apiVersion: v1\n", "kind is missing"),
+        ("apiVersion: v1\nkind: Pod\n", "the kind 'Pod' is not known"),
+        ("apiVersion: x\nkind: HTTPRoute\n", "a HTTPRoute is not handled yet"),
+        ("apiVersion: networking.istio.io/v1\nkind: WorkloadGroup\n", "a WorkloadGroup is not handled yet"),
+        ("apiVersion: v1\nkind: Namespace\n", "metadata is missing"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {}\n", "metadata.name is missing"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: A}\n", "metadata.name is 'A'"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: a, namespace: b}\n", "a Namespace has no namespace"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: a, label: {}}\n", "unknown field metadata.label"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: a, creationTimestamp: soon}\n", "is 'soon'"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\nextra: 1\n", "unknown field extra"),
+        (HEAD["AP"].replace("shop", "sh/op") + "  {}\n", "metadata.namespace is 'sh/op'"),
+        (
+            "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, labels: {istio.io/use-waypoint: w}}\n",
+            "asks for a waypoint",
+        ),
+        (
+            HEAD["AP"].replace("shop}", "shop, annotations: {istio.io/dry-run: 'true'}}") + "  {}\n",
+            "asks for a dry run",
+        ),
+    ],
+)
+def test_a_wrong_document_is_an_error(text: str, what: str) -> None:
+    assert any(what in item for item in errors(text)), errors(text)
+
+
+def test_one_load_tells_everything_that_is_wrong() -> None:
+    text = HEAD["AP"] + "  action: AUDIT\n  rules: [{to: [{operation: {ports: [x], methods: [GET]}}]}]\n"
+    assert len(errors(text)) == 3
+
+
+def test_the_namespace_is_default_when_none_is_given() -> None:
+    resources = read(HEAD["WE"].replace(", namespace: shop", "") + "  address: 10.0.0.1\n")
+    assert resources.of(WorkloadEntry)[0].meta.namespace == "default"
+
+
+def test_the_same_object_twice_names_both_places() -> None:
+    text = HEAD["WE"] + "  address: 10.0.0.1\n"
+    (error,) = load({"a.yaml": text, "b.yaml": text}).errors
+    assert str(error).startswith("b.yaml:3: error: WorkloadEntry shop/w is defined a second time, first at a.yaml:3")
+
+
+def test_objects_of_kinds_and_namespaces_are_apart() -> None:
+    first = HEAD["WE"] + "  address: 10.0.0.1\n"
+    other = HEAD["WE"].replace("shop", "web") + "  address: 10.0.0.2\n"
+    assert not load({"a.yaml": first, "b.yaml": other}).errors
+
+
+def test_what_an_api_server_adds_is_taken() -> None:
+    text = HEAD["WE"].replace(
+        "shop}", "shop, uid: x, resourceVersion: '1', generation: 2, creationTimestamp: 2025-01-01T00:00:00Z}"
+    )
+    resources = read(text + "  address: 10.0.0.1\nstatus: {conditions: []}\n")
+    assert not resources.errors
+    created = resources.of(WorkloadEntry)[0].meta.created
+    assert created is not None
+    assert created.year == 2025
+
+
+def test_network_bits_beyond_the_prefix_are_cleared() -> None:
+    resources = read(HEAD["AP"] + "  rules: [{from: [{source: {ipBlocks: [10.1.2.3/8]}}]}]\n")
+    (policy,) = resources.of(AuthorizationPolicy)
+    assert str(policy.rules[0].clauses[0][0].source_ips[0]) == "10.0.0.0/8"
+
+
+def test_a_workload_in_plaintext_is_a_warning_only() -> None:
+    resources = read(HEAD["WE"] + "  address: 10.0.0.1\n")
+    assert [item.severity for item in resources.findings] == [Severity.WARNING]
+    labelled = HEAD["WE"].replace("shop}", "shop, labels: {networking.istio.io/tunnel: http}}")
+    assert not read(labelled + "  address: 10.0.0.1\n").findings
+
+
+def test_hosts_are_compared_in_lower_case() -> None:
+    resources = read(HEAD["SE"] + HOSTS.replace("a.mesh", "A.Mesh"))
+    assert resources.of(ServiceEntry)[0].hosts == ("a.mesh",)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("trustDomain: mesh\nmeshId: x\n", "unknown field meshId"),
+        ("trustDomain: a/b\n", "trustDomain is 'a/b'"),
+        ("rootNamespace: A\n", "rootNamespace is 'A'"),
+        ("a: 1\n---\nb: 2\n", "has 2 documents"),
+    ],
+)
+def test_a_wrong_mesh_config_is_an_error(text: str, what: str) -> None:
+    found = [str(error) for error in load({"meshconfig.yaml": text}).errors]
+    assert any(what in item for item in found), found
+
+
+def test_the_mesh_config_is_read_wherever_it_stands() -> None:
+    resources = load({"b/meshconfig.yaml": "trustDomain: mesh.example\nrootNamespace: root\n"})
+    assert (resources.mesh.trust_domain, resources.mesh.root_namespace) == ("mesh.example", "root")
+    assert load({"b/meshconfig.yaml": "", "meshconfig.yaml": ""}).errors
+
+
+def test_an_empty_policy_is_taken_and_allows_nobody() -> None:
+    (policy,) = read(HEAD["AP"] + "  {}\n").of(AuthorizationPolicy)
+    assert policy.rules == ()
+
+
+def test_a_namespace_needs_no_spec() -> None:
+    assert read("apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n").of(Namespace)
