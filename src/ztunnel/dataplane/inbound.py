@@ -200,7 +200,7 @@ class Inbound:
             request = ConnectRequest.from_headers(headers)
         except BadConnect as exc:
             end.reject(exc.status)
-            plane.log.early_deny(INBOUND, tunnel.address, local, InvalidAuthority(str(exc)))
+            plane.log.early_deny(INBOUND, tunnel.address, local, InvalidAuthority(exc.reason))
             return
         workload = plane.local.current
         if workload is not None:

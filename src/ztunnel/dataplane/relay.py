@@ -30,7 +30,7 @@ from ztunnel.dataplane.sockets import DONTWAIT
 
 if TYPE_CHECKING:
     from ztunnel.dataplane.reactor import Reactor
-    from ztunnel.dataplane.sockets import SocketCalls
+    from ztunnel.dataplane.sockets import SocketCalls, StreamSocket
     from ztunnel.errors import DataplaneError
 
 __all__ = ["CHUNK", "ENDS", "HEADROOM", "READ_BUFFER", "FarEnd", "Owner", "Relay", "join"]
@@ -111,7 +111,7 @@ class Relay:
         "written",
     )
 
-    def __init__(self, reactor: Reactor, calls: SocketCalls, sock: socket.SocketType, owner: Owner) -> None:
+    def __init__(self, reactor: Reactor, calls: SocketCalls, sock: StreamSocket, owner: Owner) -> None:
         self.sock = sock
         self.read = 0
         """Bytes read from the app and handed on."""

@@ -53,6 +53,7 @@ class StreamSocket(Protocol):
     def recv_into(self, buffer: Buffer, nbytes: int = ..., flags: int = ..., /) -> int: ...  # noqa: D102
     def send(self, data: Buffer, flags: int = ..., /) -> int: ...  # noqa: D102
     def shutdown(self, how: int, /) -> None: ...  # noqa: D102
+    def setsockopt(self, level: int, optname: int, value: bytes, /) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
     def fileno(self) -> int: ...  # noqa: D102
 
@@ -208,7 +209,6 @@ class SocketCalls:
 
     def reset_on_close(self, sock: StreamSocket) -> None:
         """Let `close` send RST and drop what was not sent, so that a cut stream is not taken for a complete one."""
-        assert isinstance(sock, socket.SocketType)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         except OSError:
