@@ -45,6 +45,7 @@ _IPV6 = re.compile(r"[0-9a-fA-F:]{2,39}")
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _NAME = re.compile(rb"[a-z0-9!#$%&'*+.^_`|~-]+")
+_VALUE = re.compile(rb"(?![ \t])[^\x00\r\n]*(?<![ \t])")
 _VISIBLE = re.compile(rb"[\t\x20-\x7e]*")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _FORWARDED_VALUE = re.compile(r"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]+")  # visible, but none of " , ; \
@@ -186,7 +187,7 @@ _BAGGAGE_FIELDS = {
 }
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class Baggage:
     """What a workload says of itself. Telemetry: anyone can write anything here.
 
@@ -229,6 +230,11 @@ class Baggage:
         return ",".join(
             f"{key}={value}" for key, value in members if value and _BAGGAGE_VALUE.fullmatch(value) and "=" not in key
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _baggage_field(baggage: Baggage | None) -> tuple[bytes, bytes]:
+    return (b"baggage", b"" if baggage is None else str(baggage).encode("ascii"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -323,12 +329,12 @@ class ConnectRequest:
                     raise BadConnect(f"the pseudo-header {_shown(name)} is repeated, or has no place here")
                 continue
             regular = True
-            if not _NAME.fullmatch(name):
-                raise BadConnect(f"the field name {_shown(name)} is malformed; only a token in lower case is allowed")
-            if b"\x00" in value or b"\r" in value or b"\n" in value or value[:1] in _SPACE or value[-1:] in _SPACE:
+            if not _VALUE.fullmatch(value):
                 raise BadConnect(f"the value of {_shown(name)} holds NUL, CR or LF, or begins or ends with a space")
             if name in _TELEMETRY:
                 telemetry.setdefault(name, []).append(value)
+            elif not _NAME.fullmatch(name):
+                raise BadConnect(f"the field name {_shown(name)} is malformed; only a token in lower case is allowed")
             elif name in _REFUSED:
                 raise BadConnect(f"the field {_shown(name)} has no place in a CONNECT over HTTP/2")
             elif name == b"host":
@@ -368,7 +374,7 @@ class ConnectRequest:
         headers = [
             (b":method", b"CONNECT"),
             (b":authority", str(self.authority).encode("ascii")),
-            (b"baggage", str(self.baggage or "").encode("ascii")),
+            _baggage_field(self.baggage),
         ]
         forwarded = []
         if self.forwarded_for is not None and _FORWARDED_VALUE.fullmatch(self.forwarded_for):
@@ -392,10 +398,9 @@ class ConnectRequest:
         return self.network is not None and self.network.lower() != network.lower()
 
 
-_SPACE = frozenset({b" ", b"\t"})
 _TELEMETRY = frozenset({b"baggage", b"forwarded", b"traceparent", b"x-forwarded-network"})
 
 
 def response_headers(baggage: Baggage | None = None) -> Headers:
     """What a 200 carries beside `:status`: the destination's baggage, where it is known."""
-    return () if baggage is None else ((b"baggage", str(baggage).encode("ascii")),)
+    return () if baggage is None else (_baggage_field(baggage),)
