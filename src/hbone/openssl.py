@@ -6,11 +6,16 @@ where not, `hbone.tls` goes through pyOpenSSL's methods.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 
-__all__ = ["DIRECT", "IoBuffer", "drain_error_queue", "ffi", "lib"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cryptography import x509
+
+__all__ = ["DIRECT", "IoBuffer", "drain_error_queue", "ffi", "lib", "verify_callback"]
 
 lib: Any = getattr(SSL, "_lib", None)
 ffi: Any = getattr(SSL, "_ffi", None)
@@ -24,15 +29,23 @@ _FUNCTIONS = (
     "ERR_clear_error",
     "ERR_get_error",
     "ERR_reason_error_string",
+    "SSL_CTX_set_verify",
     "SSL_clear_mode",
     "SSL_get0_param",
     "SSL_get_error",
+    "SSL_get_ex_data_X509_STORE_CTX_idx",
     "SSL_read",
     "SSL_set_bio",
     "SSL_write",
+    "X509_STORE_CTX_get_current_cert",
+    "X509_STORE_CTX_get_error",
+    "X509_STORE_CTX_get_error_depth",
+    "X509_STORE_CTX_get_ex_data",
+    "X509_STORE_CTX_set_error",
     "X509_VERIFY_PARAM_set1_host",
     "X509_VERIFY_PARAM_set1_ip",
     "X509_VERIFY_PARAM_set_hostflags",
+    "X509_up_ref",
     "X509_verify_cert_error_string",
 )
 _CONSTANTS = (
@@ -42,14 +55,17 @@ _CONSTANTS = (
     "SSL_MODE_ENABLE_PARTIAL_WRITE",
     "X509_CHECK_FLAG_NEVER_CHECK_SUBJECT",
     "X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS",
+    "X509_V_ERR_CERT_REJECTED",
 )
-_HANDLES = ("_ssl", "_into_ssl", "_from_ssl", "set_info_callback")
+_HANDLES = ("_ssl", "_into_ssl", "_from_ssl", "_reverse_mapping", "set_info_callback")
 
 
 def has_everything(library: Any, connection: Any) -> bool:
     """Whether `library`, and a `connection` on memory buffers, have all that is called directly."""
-    return all(hasattr(library, name) for name in _FUNCTIONS + _CONSTANTS) and all(
-        getattr(connection, name, None) is not None for name in _HANDLES
+    return (
+        all(hasattr(library, name) for name in _FUNCTIONS + _CONSTANTS)
+        and all(getattr(connection, name, None) is not None for name in _HANDLES)
+        and hasattr(crypto.X509, "_from_raw_x509_ptr")
     )
 
 
@@ -88,3 +104,28 @@ def drain_error_queue() -> str:
         if text != ffi.NULL:
             reasons.append(ffi.string(text).decode("ascii", "replace"))
     return reasons[0] if reasons else "unknown reason"
+
+
+def verify_callback(judge: Callable[[SSL.Connection, x509.Certificate, int, int, bool], bool]) -> Any:
+    """What OpenSSL calls for each certificate of a peer's path, from the root to the leaf.
+
+    Unlike pyOpenSSL's own, it makes a refusal of ours the alert bad_certificate, where OpenSSL's default would be an
+    internal error. Keep the result for as long as a context uses it. `judge` gets the connection, the certificate,
+    OpenSSL's error number and depth, and whether OpenSSL is content; it must not raise.
+    """
+
+    def called(ok: int, store: Any) -> int:
+        pointer = lib.X509_STORE_CTX_get_current_cert(store)
+        lib.X509_up_ref(pointer)
+        certificate = crypto.X509._from_raw_x509_ptr(pointer).to_cryptography()
+        number = lib.X509_STORE_CTX_get_error(store)
+        depth = lib.X509_STORE_CTX_get_error_depth(store)
+        ssl = lib.X509_STORE_CTX_get_ex_data(store, lib.SSL_get_ex_data_X509_STORE_CTX_idx())
+        if judge(SSL.Connection._reverse_mapping[ssl], certificate, number, depth, bool(ok)) and ok:
+            return 1
+        if ok:
+            lib.X509_STORE_CTX_set_error(store, lib.X509_V_ERR_CERT_REJECTED)
+        return 0
+
+    # An exception in `called`, which a certificate that cannot be parsed may raise, counts as 0: refused.
+    return ffi.callback("int (*)(int, X509_STORE_CTX *)", called, error=0, onerror=lambda *_: None)

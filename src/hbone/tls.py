@@ -152,6 +152,9 @@ class TlsConnection:
         except NoSharedProtocol as error:
             self._fail(TlsError(f"{error}; a tunnel needs h2"))
         except SSL.Error as error:
+            if self._check.fault is not None:
+                self._failure = TlsError("the peer could not be judged")
+                raise self._check.fault from None
             self._fail(self._handshake_error(reason_of(error)))
         except BaseException:
             self._failure = TlsError("the handshake was broken off")
@@ -171,6 +174,8 @@ class TlsConnection:
     def _handshake_error(self, reason: str) -> TlsError:
         if self._check.problem is not None:
             return PeerIdentityError(self._check.problem)
+        if reason == "certificate verify failed":
+            return PeerIdentityError("the peer's certificate cannot be parsed")
         if reason == "peer did not return a certificate":
             return PeerIdentityError("the client presented no certificate; one that our roots signed is required")
         if reason.endswith("no application protocol"):

@@ -28,7 +28,7 @@ from hbone.identity.svid import (
     validity_problem,
 )
 from hbone.identity.verify import verify_peer_chain
-from hbone.openssl import DIRECT, ffi, lib
+from hbone.openssl import DIRECT, ffi, lib, verify_callback
 
 __all__ = ["Authorize", "PeerCheck", "TlsContext"]
 
@@ -158,13 +158,15 @@ def _wrong_name(certificate: x509.Certificate, names: Iterable[str]) -> str:
 class PeerCheck:
     """What the verification of one connection's peer came to; written by OpenSSL's callback."""
 
-    __slots__ = ("accepted", "authorize", "expectation", "idle", "path", "peer_id", "problem")
+    __slots__ = ("accepted", "authorize", "expectation", "fault", "idle", "path", "peer_id", "problem")
 
     def __init__(self, expectation: Expectation, authorize: Authorize | None) -> None:
         self.expectation = expectation
         self.authorize = authorize
         self.path: list[x509.Certificate] = []
         self.problem: str | None = None
+        self.fault: BaseException | None = None
+        """What `authorize` raised, if it did."""
         self.peer_id: SpiffeId | None = None
         self.accepted = False
         self.idle = 0
@@ -196,17 +198,22 @@ class PeerCheck:
         return True
 
 
-def _on_verify(connection: SSL.Connection, certificate: crypto.X509, number: int, depth: int, ok: int) -> bool:
+def _judge(connection: SSL.Connection, certificate: x509.Certificate, number: int, depth: int, ok: bool) -> bool:
     check: PeerCheck = connection.get_app_data()
     try:
-        parsed = certificate.to_cryptography()
-        if not ok:
-            check.refuse(number, depth, parsed)
-            return False
-        return check.add(parsed, depth)
-    except ValueError as error:
-        check.problem = f"the peer's certificate cannot be parsed: {' '.join(str(error).split())[:200]}"
-        return False
+        if ok:
+            return check.add(certificate, depth)
+        check.refuse(number, depth, certificate)
+    except BaseException as error:  # it cannot pass through OpenSSL; the handshake raises it
+        check.fault = error
+    return False
+
+
+def _on_verify(connection: SSL.Connection, certificate: crypto.X509, number: int, depth: int, ok: int) -> bool:
+    return _judge(connection, certificate.to_cryptography(), number, depth, bool(ok))
+
+
+_ON_VERIFY = verify_callback(_judge) if DIRECT else None
 
 
 _CODES = SSL.X509VerificationCodes
@@ -331,6 +338,8 @@ class TlsContext:
             ) from error
         mode = SSL.VERIFY_PEER | (SSL.VERIFY_FAIL_IF_NO_PEER_CERT if needs_peer else 0)
         context.set_verify(mode, _on_verify)
+        if DIRECT:
+            lib.SSL_CTX_set_verify(context._context, mode, _ON_VERIFY)
         context.set_verify_depth(MAX_CHAIN_DEPTH)
         if is_server:
             context.set_alpn_select_callback(_on_alpn)
