@@ -393,6 +393,8 @@ def _console(stream: TextIO) -> _Renderer:
         for name, value in fields.items():
             if isinstance(value, str) and name != "exception":
                 fields[name] = _escape(value)
+            elif isinstance(value, bytes | bytearray):
+                fields[name] = f"<{len(value)} bytes>"
         return renderer(logger, method, fields)
 
     return render
