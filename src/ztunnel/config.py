@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import ipaddress
-import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import attrs
-import yaml
 
-from hbone.config import MIB, ConnectionConfig, between, parse_duration
+from hbone.config import MIB, ConnectionConfig, between
 from hbone.errors import ConfigurationError
-from ztunnel.mesh.address import parse_ip
+from ztunnel.environment import (
+    Variable,
+    exactly_true,
+    invalid,
+    one_of,
+    parse_address,
+    parse_bool,
+    parse_grace,
+    parse_int,
+    parse_log_level,
+    parse_path,
+    parse_port,
+    parse_seconds,
+    parse_url,
+    parse_variable,
+    prefixed,
+    read_headers,
+    read_json_metadata,
+    setting,
+)
+from ztunnel.proxyconfig import dns_warnings, read_proxy_config
 
 if TYPE_CHECKING:
+    import ipaddress
     from collections.abc import Callable, Mapping
 
-    from ztunnel.mesh.address import IpAddress
+__all__ = ["DEFAULT_STATE_DIR", "Config", "Variable", "WorkloadInfo", "supported_variables"]
 
-__all__ = ["DEFAULT_STATE_DIR", "MESH_FILE", "Config", "Variable", "WorkloadInfo", "supported_variables"]
-
-MESH_FILE = Path("etc/istio/config/mesh")
-"""Where the mesh configuration is looked for, from the working directory."""
 DEFAULT_STATE_DIR = Path("/var/lib/ztunnel")
 _DEFAULT_ROOT = "./var/run/secrets/istio/root-cert.pem"
-_MAX_SHOWN = 100
-
-
-@attrs.frozen
-class Variable:
-    """An environment variable, for the documentation."""
-
-    name: str
-    default: str
-    meaning: str
 
 
 @attrs.frozen
@@ -63,114 +65,10 @@ class WorkloadInfo:
         return f"{self.namespace}/{self.name}/{self.service_account}"
 
 
-def _text(value: str) -> str:
-    return value
-
-
-def _bool(value: str) -> bool:
-    if value not in {"true", "false"}:
-        raise ValueError("expected exactly true or false")
-    return value == "true"
-
-
-def _exactly_true(value: str) -> bool:
-    return value == "true"
-
-
-def _int(value: str) -> int:
-    if not re.fullmatch(r"\d{1,18}", value, re.ASCII):
-        raise ValueError("expected a decimal number")
-    return int(value)
-
-
-def _port(value: str) -> int:
-    port = _int(value)
-    if port > 65_535:
-        raise ValueError("a port is at most 65535")
-    return port
-
-
-def _duration(value: str) -> float:
-    return parse_duration(value)
-
-
-def _grace(value: str) -> float:
-    seconds = _int(value)
-    return float(max(seconds - 5 if seconds > 10 else seconds - 1, 1))
-
-
-def _ip(value: str) -> IpAddress:
-    try:
-        return parse_ip(value)
-    except ValueError:
-        raise ValueError("expected an IP address") from None
-
-
-def _path(value: str) -> Path:
-    if not value:
-        raise ValueError("expected a path")
-    return Path(value)
-
-
-def _url(value: str) -> str:
-    if not value:
-        return ""
-    text = value if "://" in value else f"https://{value}"
-    parts = urlsplit(text)
-    if parts.scheme != "https":
-        raise ValueError("only https is possible, because what the control plane says decides who is trusted")
-    if not parts.hostname:
-        raise ValueError("expected host:port")
-    if parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username is not None:
-        raise ValueError("expected https://host:port and nothing else")
-    _ = parts.port  # raises ValueError for a wrong one
-    return text
-
-
-def _choice(*names: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value not in names:
-            raise ValueError(f"expected {' or '.join(names)}")
-        return value
-
-    return parse
-
-
 def _mode(value: str) -> str:
     if value == "shared":
         raise ValueError("shared mode is not built yet; use dedicated, one proxy a workload")
-    return _choice("dedicated")(value)
-
-
-def _setting(
-    default: Any,
-    *,
-    env: str,
-    parse: Callable[[str], Any] = _text,
-    meaning: str,
-    shown: str | None = None,
-    validator: Any = None,
-    secret: bool = False,
-) -> Any:
-    """A field of `Config` with the variable that sets it.
-
-    Args:
-        default: Its value when the variable is not set.
-        env: Name of the variable.
-        parse: Text -> value; raises ValueError.
-        meaning: What it does, with its unit.
-        shown: The default as the documentation shows it.
-        validator: Limits of the value.
-        secret: The value is kept out of dumps and errors.
-    """
-    if shown is None:
-        shown = "unset" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-    return attrs.field(
-        default=default,
-        validator=validator,
-        repr=not secret,
-        metadata={"env": env, "parse": parse, "meaning": meaning, "shown": shown or '""', "secret": secret},
-    )
+    return one_of("dedicated")(value)
 
 
 _PORT = between(0, 65_535)
@@ -180,60 +78,60 @@ _PORT = between(0, 65_535)
 class Config:
     """Everything that can be set. Times are in seconds, sizes in bytes."""
 
-    proxy_mode: str = _setting(
+    proxy_mode: str = setting(
         "dedicated", env="PROXY_MODE", parse=_mode, meaning="`dedicated`: one proxy serves one workload"
     )
-    enable_proxy: bool = _setting(True, env="ENABLE_PROXY", parse=_bool, meaning="the data path; false is an error")
-    workload: WorkloadInfo | None = _setting(  # noqa: RUF009 - it is attrs.field
+    enable_proxy: bool = setting(True, env="ENABLE_PROXY", parse=parse_bool, meaning="the data path; false is an error")
+    workload: WorkloadInfo | None = setting(  # noqa: RUF009 - it is attrs.field
         None,
         env="PROXY_WORKLOAD_INFO",
         parse=WorkloadInfo.parse,
         meaning="the workload served, `namespace/name/service-account`; an enrolled host knows it by itself",
     )
-    network: str = _setting("", env="NETWORK", meaning="network of this node")
-    node_name: str | None = _setting(None, env="NODE_NAME", meaning="the local node; only its workloads are served")
-    cluster_id: str = _setting(
+    network: str = setting("", env="NETWORK", meaning="network of this node")
+    node_name: str | None = setting(None, env="NODE_NAME", meaning="the local node; only its workloads are served")
+    cluster_id: str = setting(
         "Kubernetes", env="CLUSTER_ID", meaning="cluster named to the control plane; `ISTIO_META_CLUSTER_ID` wins"
     )
-    cluster_domain: str = _setting("cluster.local", env="CLUSTER_DOMAIN", meaning="DNS domain of the cluster")
+    cluster_domain: str = setting("cluster.local", env="CLUSTER_DOMAIN", meaning="DNS domain of the cluster")
 
-    xds_address: str = _setting(
+    xds_address: str = setting(
         "https://localhost:15012",
         env="XDS_ADDRESS",
-        parse=_url,
+        parse=parse_url,
         meaning="discovery server, `host:port` or `https://host:port`; empty: none",
         shown="`discoveryAddress`, else istiod's in a cluster, else https://localhost:15012",
     )
-    ca_address: str = _setting(
+    ca_address: str = setting(
         "https://localhost:15012",
         env="CA_ADDRESS",
-        parse=_url,
+        parse=parse_url,
         meaning="certificate authority, in the same form",
         shown="istiod's in a cluster, else https://localhost:15012",
     )
-    xds_root_ca: str = _setting(
+    xds_root_ca: str = setting(
         _DEFAULT_ROOT, env="XDS_ROOT_CA", meaning="roots for discovery: a file, `SYSTEM`, or PEM text"
     )
-    ca_root_ca: str = _setting(
+    ca_root_ca: str = setting(
         _DEFAULT_ROOT, env="CA_ROOT_CA", meaning="roots for the CA: a file, `SYSTEM`, or PEM text"
     )
-    alt_xds_hostname: str | None = _setting(
+    alt_xds_hostname: str | None = setting(
         None, env="ALT_XDS_HOSTNAME", meaning="a further name that the discovery server's certificate may have"
     )
-    alt_ca_hostname: str | None = _setting(
+    alt_ca_hostname: str | None = setting(
         None, env="ALT_CA_HOSTNAME", meaning="a further name that the CA's certificate may have"
     )
-    auth_token: str | None = _setting(
+    auth_token: str | None = setting(
         None,
         env="AUTH_TOKEN",
         meaning="token for the control plane: a file, read anew each time, or the token itself",
         shown="./var/run/secrets/tokens/istio-token if present",
         secret=True,
     )
-    secret_ttl: float = _setting(
+    secret_ttl: float = setting(
         86_400.0,
         env="SECRET_TTL",
-        parse=_duration,
+        parse=parse_seconds,
         meaning="lifetime asked for certificates",
         shown="24h",
         validator=between(1, 90 * 86_400),
@@ -242,180 +140,189 @@ class Config:
     """Further headers for discovery, from `XDS_HEADER_<name>`."""
     ca_headers: tuple[tuple[str, str], ...] = attrs.field(default=(), repr=False)
     """Further headers for the CA, from `CA_HEADER_<name>`."""
-    local_xds_path: Path | None = _setting(  # noqa: RUF009 - it is attrs.field
-        None, env="LOCAL_XDS_PATH", parse=_path, meaning="YAML file of workloads, services and policies, read at start"
+    local_xds_path: Path | None = setting(  # noqa: RUF009 - it is attrs.field
+        None,
+        env="LOCAL_XDS_PATH",
+        parse=parse_path,
+        meaning="YAML file of workloads, services and policies, read at start",
     )
-    local_xds: str | None = _setting(None, env="LOCAL_XDS", meaning="the same as text; not together with the file")
+    local_xds: str | None = setting(None, env="LOCAL_XDS", meaning="the same as text; not together with the file")
 
-    packet_mark: int | None = _setting(
+    packet_mark: int | None = setting(
         None,
         env="PACKET_MARK",
-        parse=_int,
+        parse=parse_int,
         meaning="SO_MARK of outgoing connections",
         validator=attrs.validators.optional(between(0, 2**32 - 1)),
     )
-    keepalive_enabled: bool = _setting(True, env="KEEPALIVE_ENABLED", parse=_bool, meaning="TCP keepalive")
-    keepalive_time: float = _setting(
+    keepalive_enabled: bool = setting(True, env="KEEPALIVE_ENABLED", parse=parse_bool, meaning="TCP keepalive")
+    keepalive_time: float = setting(
         180.0,
         env="KEEPALIVE_TIME",
-        parse=_duration,
+        parse=parse_seconds,
         meaning="idle time before the first TCP probe",
         shown="180s",
         validator=between(1, 32_767),
     )
-    keepalive_interval: float = _setting(
+    keepalive_interval: float = setting(
         180.0,
         env="KEEPALIVE_INTERVAL",
-        parse=_duration,
+        parse=parse_seconds,
         meaning="time between TCP probes",
         shown="180s",
         validator=between(1, 32_767),
     )
-    keepalive_retries: int = _setting(
+    keepalive_retries: int = setting(
         9,
         env="KEEPALIVE_RETRIES",
-        parse=_int,
+        parse=parse_int,
         meaning="TCP probes until the peer counts as gone",
         validator=between(1, 127),
     )
-    user_timeout_enabled: bool = _setting(
+    user_timeout_enabled: bool = setting(
         False,
         env="USER_TIMEOUT_ENABLED",
-        parse=_bool,
+        parse=parse_bool,
         meaning="TCP_USER_TIMEOUT: the idle time and all probes together",
     )
 
-    pool_max_streams: int = _setting(
+    pool_max_streams: int = setting(
         100,
         env="POOL_MAX_STREAMS_PER_CONNECTION",
-        parse=_int,
+        parse=parse_int,
         meaning="streams of one tunnel, after which a further one is opened",
         validator=between(1, 65_535),
     )
-    pool_idle: float = _setting(
+    pool_idle: float = setting(
         300.0,
         env="POOL_UNUSED_RELEASE_TIMEOUT",
-        parse=_duration,
+        parse=parse_seconds,
         meaning="idle time after which a tunnel is closed",
         shown="5m",
         validator=between(0.01, 86_400),
     )
-    stream_window: int = _setting(
+    stream_window: int = setting(
         4 * MIB,
         env="HTTP2_STREAM_WINDOW_SIZE",
-        parse=_int,
+        parse=parse_int,
         meaning="largest receive window of a stream, in bytes",
         validator=between(65_535, 2**31 - 1),
     )
-    connection_window: int = _setting(
+    connection_window: int = setting(
         16 * MIB,
         env="HTTP2_CONNECTION_WINDOW_SIZE",
-        parse=_int,
+        parse=parse_int,
         meaning="receive window of a tunnel, in bytes",
         validator=between(65_535, 2**31 - 1),
     )
-    frame_size: int = _setting(
+    frame_size: int = setting(
         MIB,
         env="HTTP2_FRAME_SIZE",
-        parse=_int,
+        parse=parse_int,
         meaning="largest HTTP/2 frame accepted, in bytes",
         validator=between(16_384, 2**24 - 1),
     )
 
-    drain_deadline: float = _setting(
+    drain_deadline: float = setting(
         5.0,
         env="CONNECTION_TERMINATION_DEADLINE",
-        parse=_duration,
+        parse=parse_seconds,
         meaning="time that open connections get when the proxy stops",
         shown="5s",
         validator=between(0, 86_400),
     )
-    original_source: bool | None = _setting(
+    original_source: bool | None = setting(
         None,
         env="ENABLE_ORIG_SRC",
-        parse=_bool,
+        parse=parse_bool,
         meaning="keep clients' addresses towards the application; unset: where it is seen to work",
     )
-    ipv6_enabled: bool = _setting(True, env="IPV6_ENABLED", parse=_bool, meaning="listen on `::` instead of 0.0.0.0")
-    socks5_enabled: bool = _setting(
-        False, env="UNSTABLE_ENABLE_SOCKS5", parse=_bool, meaning="SOCKS5 listener on loopback"
+    ipv6_enabled: bool = setting(
+        True, env="IPV6_ENABLED", parse=parse_bool, meaning="listen on `::` instead of 0.0.0.0"
     )
-    localhost_app_tunnel: bool = _setting(
+    socks5_enabled: bool = setting(
+        False, env="UNSTABLE_ENABLE_SOCKS5", parse=parse_bool, meaning="SOCKS5 listener on loopback"
+    )
+    localhost_app_tunnel: bool = setting(
         True,
         env="LOCALHOST_APP_TUNNEL",
-        parse=_bool,
+        parse=parse_bool,
         meaning="an application that takes PROXY headers is reached on loopback",
     )
-    response_baggage: bool = _setting(
+    response_baggage: bool = setting(
         True,
         env="ENABLE_RESPONSE_BAGGAGE",
-        parse=_bool,
+        parse=parse_bool,
         meaning="send baggage in answers to CONNECT, and use that of requests for telemetry",
     )
-    policy_info_logging: bool = _setting(
+    policy_info_logging: bool = setting(
         False,
         env="AUTHZ_POLICY_INFO_LOGGING",
-        parse=_exactly_true,
+        parse=exactly_true,
         meaning="exactly `true`: log each policy decision at info instead of debug",
     )
 
-    pod_namespace: str = _setting("", env="POD_NAMESPACE", meaning="the proxy's own namespace, told to discovery")
-    pod_name: str = _setting("", env="POD_NAME", meaning="the proxy's own name, told to discovery")
-    service_account: str = _setting("", env="SERVICE_ACCOUNT", meaning="the proxy's own service account, for dumps")
-    trust_domain: str = _setting("cluster.local", env="TRUST_DOMAIN", meaning="the proxy's own trust domain, for dumps")
-    instance_ip: str = _setting("1.1.1.1", env="INSTANCE_IP", meaning="this host's address, told to discovery")
-    log_format: str = _setting(
+    pod_namespace: str = setting("", env="POD_NAMESPACE", meaning="the proxy's own namespace, told to discovery")
+    pod_name: str = setting("", env="POD_NAME", meaning="the proxy's own name, told to discovery")
+    service_account: str = setting("", env="SERVICE_ACCOUNT", meaning="the proxy's own service account, for dumps")
+    trust_domain: str = setting("cluster.local", env="TRUST_DOMAIN", meaning="the proxy's own trust domain, for dumps")
+    instance_ip: str = setting("1.1.1.1", env="INSTANCE_IP", meaning="this host's address, told to discovery")
+    log_format: str = setting(
         "auto",
         env="LOG_FORMAT",
-        parse=_choice("plain", "json", "console"),
+        parse=one_of("plain", "json", "console"),
         meaning="`plain`, `json` or `console`",
         shown="json, or console on a terminal",
     )
-    log_level: str = _setting(
+    log_level: str = setting(
         "info",
         env="RUST_LOG",
-        parse=lambda value: _log_level(value)[0],
+        parse=lambda value: parse_log_level(value)[0],
         meaning="trace, debug, info, warn, error or off; levels of single parts are ignored with a warning",
     )
 
-    bind_address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = _setting(  # noqa: RUF009 - it is attrs.field
+    bind_address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = setting(  # noqa: RUF009 - it is attrs.field
         None,
         env="ZTUNNEL_BIND_ADDRESS",
-        parse=_ip,
+        parse=parse_address,
         meaning="address that all listeners bind, and that outgoing connections come from; lets several share a host",
     )
-    outbound_port: int = _setting(
-        15_001, env="ZTUNNEL_OUTBOUND_PORT", parse=_port, meaning="captured outgoing connections", validator=_PORT
+    outbound_port: int = setting(
+        15_001, env="ZTUNNEL_OUTBOUND_PORT", parse=parse_port, meaning="captured outgoing connections", validator=_PORT
     )
-    inbound_port: int = _setting(
-        15_006, env="ZTUNNEL_INBOUND_PORT", parse=_port, meaning="captured incoming plaintext", validator=_PORT
+    inbound_port: int = setting(
+        15_006, env="ZTUNNEL_INBOUND_PORT", parse=parse_port, meaning="captured incoming plaintext", validator=_PORT
     )
-    hbone_port: int = _setting(
-        15_008, env="ZTUNNEL_HBONE_PORT", parse=_port, meaning="incoming tunnels; peers dial 15008", validator=_PORT
+    hbone_port: int = setting(
+        15_008,
+        env="ZTUNNEL_HBONE_PORT",
+        parse=parse_port,
+        meaning="incoming tunnels; peers dial 15008",
+        validator=_PORT,
     )
-    socks5_port: int = _setting(15_080, env="ZTUNNEL_SOCKS5_PORT", parse=_port, meaning="SOCKS5", validator=_PORT)
-    admin_port: int = _setting(
+    socks5_port: int = setting(15_080, env="ZTUNNEL_SOCKS5_PORT", parse=parse_port, meaning="SOCKS5", validator=_PORT)
+    admin_port: int = setting(
         15_000,
         env="ZTUNNEL_ADMIN_PORT",
-        parse=_port,
+        parse=parse_port,
         meaning="admin pages, on loopback only; wins over `proxyAdminPort`",
         validator=_PORT,
     )
-    stats_port: int = _setting(
-        15_020, env="ZTUNNEL_STATS_PORT", parse=_port, meaning="metrics; wins over `statsPort`", validator=_PORT
+    stats_port: int = setting(
+        15_020, env="ZTUNNEL_STATS_PORT", parse=parse_port, meaning="metrics; wins over `statsPort`", validator=_PORT
     )
-    ready_port: int = _setting(15_021, env="ZTUNNEL_READY_PORT", parse=_port, meaning="readiness", validator=_PORT)
-    state_dir: Path | None = _setting(  # noqa: RUF009 - it is attrs.field
+    ready_port: int = setting(15_021, env="ZTUNNEL_READY_PORT", parse=parse_port, meaning="readiness", validator=_PORT)
+    state_dir: Path | None = setting(  # noqa: RUF009 - it is attrs.field
         None,
         env="ZTUNNEL_STATE_DIR",
-        parse=_path,
+        parse=parse_path,
         meaning="private directory of key, certificate, roots and the last picture of the mesh",
         shown=f"{DEFAULT_STATE_DIR} where it may be written",
     )
-    window_budget: int = _setting(
+    window_budget: int = setting(
         64 * MIB,
         env="ZTUNNEL_WINDOW_BUDGET",
-        parse=_int,
+        parse=parse_int,
         meaning="bytes by which the receive windows of all streams together may grow",
         validator=between(0, 2**40),
     )
@@ -538,14 +445,14 @@ _MORE = [
 
 _REFUSED: dict[str, tuple[Callable[[str], bool], str]] = {
     "CRL_PATH": (bool, "revocation lists are not checked yet, and a revoked certificate would be accepted; unset it"),
-    "TLS12_ENABLED": (_exactly_true, "only TLS 1.3 is spoken; unset it"),
+    "TLS12_ENABLED": (exactly_true, "only TLS 1.3 is spoken; unset it"),
     "COMPLIANCE_POLICY": (bool, "its key exchange cannot be promised here; unset it"),
-    "FAKE_CA": (_exactly_true, "there is no fake CA; make certificates with 'hbone dev-ca', or run miniistiod"),
+    "FAKE_CA": (exactly_true, "there is no fake CA; make certificates with 'hbone dev-ca', or run miniistiod"),
 }
 """Variables that change who is trusted and that we cannot honour: value -> is it asked for, and why not."""
 
 _IDLE: dict[str, tuple[Callable[[str], bool], str]] = {
-    "XDS_ON_DEMAND": (_exactly_true, "all resources are subscribed to"),
+    "XDS_ON_DEMAND": (exactly_true, "all resources are subscribed to"),
     "PREFERED_SERVICE_NAMESPACE": (bool, "there is no DNS proxy yet"),
     "INPOD_UDS": (bool, "it belongs to shared mode"),
     "INPOD_PORT_REUSE": (bool, "it belongs to shared mode"),
@@ -569,32 +476,16 @@ def supported_variables() -> list[Variable]:
     return found + _MORE + refused + idle
 
 
-_LEVELS = ("trace", "debug", "info", "warn", "error", "off")
-
-
-def _log_level(value: str) -> tuple[str, list[str]]:
-    """The level of a filter such as `info,access=debug`, and its parts that are not applied."""
-    level, ignored = "info", []
-    for part in filter(None, (part.strip() for part in value.split(","))):
-        if "=" in part:
-            ignored.append(part)
-        elif part.lower() in _LEVELS:
-            level = part.lower()
-        else:
-            raise ValueError(f"expected one of {', '.join(_LEVELS)}")
-    return level, ignored
-
-
 def _from_env(environ: Mapping[str, str], directory: Path) -> Config:
     values: dict[str, Any] = {}
     warnings: list[str] = []
-    proxy = _proxy_config(environ, directory)
+    proxy = read_proxy_config(environ, directory)
     metadata: dict[str, str] = proxy["proxyMetadata"]
-    metadata.update(_prefixed(environ, "ISTIO_META_"))
+    metadata.update(prefixed(environ, "ISTIO_META_"))
 
     for name, (asked, why) in _REFUSED.items():
         if asked(environ.get(name, "")):
-            raise _invalid(name, environ[name], why)
+            raise invalid(name, environ[name], why)
     for name, (asked, why) in _IDLE.items():
         if asked(environ.get(name, "")):
             warnings.append(f"{name} is set and does nothing here: {why}")
@@ -604,23 +495,23 @@ def _from_env(environ: Mapping[str, str], directory: Path) -> Config:
     values["xds_address"] = f"https://{istiod}:15012"
     if proxy["discoveryAddress"]:
         try:
-            values["xds_address"] = _url(proxy["discoveryAddress"])
+            values["xds_address"] = parse_url(proxy["discoveryAddress"])
         except ValueError as error:
             raise ConfigurationError(f"discoveryAddress is {proxy['discoveryAddress']!r} ({error})") from None
     for key, name in (("proxyAdminPort", "admin_port"), ("statsPort", "stats_port")):
         if proxy[key] is not None:
             values[name] = proxy[key]
     if "TERMINATION_GRACE_PERIOD_SECONDS" in environ:
-        values["drain_deadline"] = _parse(environ, "TERMINATION_GRACE_PERIOD_SECONDS", _grace)
+        values["drain_deadline"] = parse_variable(environ, "TERMINATION_GRACE_PERIOD_SECONDS", parse_grace)
 
     for field in attrs.fields(Config):
         variable = field.metadata.get("env", "")
         if variable in environ:
             secret = field.metadata["secret"]
-            values[field.name] = _parse(environ, variable, field.metadata["parse"], field, secret=secret)
+            values[field.name] = parse_variable(environ, variable, field.metadata["parse"], field, secret=secret)
     if "CLUSTER_ID" in metadata:
         values["cluster_id"] = metadata["CLUSTER_ID"]
-    for part in _log_level(environ.get("RUST_LOG", ""))[1]:
+    for part in parse_log_level(environ.get("RUST_LOG", ""))[1]:
         warnings.append(f"RUST_LOG part {part!r} does nothing here: one level holds for all parts")
     if "local_xds" in values and "local_xds_path" in values:
         raise ConfigurationError("LOCAL_XDS and LOCAL_XDS_PATH are both set; keep one of them")
@@ -628,131 +519,8 @@ def _from_env(environ: Mapping[str, str], directory: Path) -> Config:
         raise ConfigurationError(
             "ENABLE_PROXY is false, and ztunnel run without any servers enabled does nothing; unset it"
         )
-    warnings += _dns_warnings(metadata)
-    values["xds_headers"] = _headers(environ, "XDS_HEADER_")
-    values["ca_headers"] = _headers(environ, "CA_HEADER_")
-    json_metadata, complaints = _json_metadata(environ)
+    warnings += dns_warnings(metadata)
+    values["xds_headers"] = read_headers(environ, "XDS_HEADER_")
+    values["ca_headers"] = read_headers(environ, "CA_HEADER_")
+    json_metadata, complaints = read_json_metadata(environ)
     return Config(**values, proxy_metadata=metadata, json_metadata=json_metadata, warnings=(*warnings, *complaints))
-
-
-def _dns_warnings(metadata: Mapping[str, str]) -> list[str]:
-    warnings: list[str] = []
-    if metadata.get("DNS_CAPTURE", "").lower() == "true":
-        warnings.append("DNS_CAPTURE is true and does nothing here: there is no DNS proxy yet")
-    address = metadata.get("DNS_PROXY_ADDR")
-    if address is not None:
-        host, _, port = address.rpartition(":")
-        try:
-            _port(port)
-            if host != "localhost":
-                ipaddress.ip_address(host.strip("[]"))
-        except ValueError:
-            raise ConfigurationError(
-                f"failed to parse DNS_PROXY_ADDR: {address!r} is neither localhost:port nor ip:port"
-            ) from None
-        warnings.append("DNS_PROXY_ADDR is set and does nothing here: there is no DNS proxy yet")
-    return warnings
-
-
-def _invalid(name: str, value: str, why: object) -> ConfigurationError:
-    shown = value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN] + "…"
-    return ConfigurationError(f"invalid env var {name}={shown} ({why})")
-
-
-def _parse(
-    environ: Mapping[str, str],
-    name: str,
-    parse: Callable[[str], Any],
-    field: attrs.Attribute[Any] | None = None,
-    *,
-    secret: bool = False,
-) -> Any:
-    text = environ[name]
-    try:
-        value = parse(text)
-        if field is not None and field.validator is not None:
-            field.validator(None, field, value)
-    except (ValueError, OverflowError) as error:  # ConfigurationError is a ValueError
-        raise _invalid(name, "…" if secret else text, error) from None
-    return value
-
-
-def _prefixed(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
-    return {name.removeprefix(prefix): value for name, value in environ.items() if name.startswith(prefix)}
-
-
-_HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
-
-
-def _headers(environ: Mapping[str, str], prefix: str) -> tuple[tuple[str, str], ...]:
-    headers = []
-    for name, value in sorted(_prefixed(environ, prefix).items()):
-        lower = name.lower()
-        if not _HEADER_NAME.fullmatch(lower):
-            raise _invalid(prefix + name, "…", "the name is no header name")
-        if not all(0x20 <= ord(letter) < 0x7F for letter in value):
-            raise _invalid(prefix + name, "…", "the value is not printable ASCII")
-        headers.append((lower, value))
-    return tuple(headers)
-
-
-def _json_metadata(environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    parsed: dict[str, Any] = {}
-    complaints: list[str] = []
-    for name, value in _prefixed(environ, "ISTIO_METAJSON_").items():
-        try:
-            parsed[name] = json.loads(value)
-        except ValueError:
-            complaints.append(f"ISTIO_METAJSON_{name} is not JSON and was skipped")
-    return parsed, complaints
-
-
-def _proxy_config(environ: Mapping[str, str], directory: Path) -> dict[str, Any]:
-    """The mesh file's `defaultConfig`, overridden by PROXY_CONFIG key by key. Unknown keys are ignored, as in Istio."""
-    merged: dict[str, Any] = {"discoveryAddress": None, "proxyAdminPort": None, "statsPort": None, "proxyMetadata": {}}
-    path = directory / MESH_FILE
-    try:
-        mesh = _mapping(path.read_text(), str(path))
-    except FileNotFoundError:
-        mesh = {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from None
-    default = mesh.get("defaultConfig")
-    sources = [(f"{path}: defaultConfig", {} if default is None else default)]
-    if "PROXY_CONFIG" in environ:
-        sources.append(("PROXY_CONFIG", _mapping(environ["PROXY_CONFIG"], "PROXY_CONFIG")))
-    for where, given in sources:
-        if not isinstance(given, dict):
-            raise ConfigurationError(f"{where} is a {type(given).__name__}; expected keys and values")
-        _merge(merged, given, where)
-    return merged
-
-
-def _merge(merged: dict[str, Any], given: dict[Any, Any], where: str) -> None:
-    if (address := given.get("discoveryAddress")) is not None:
-        if not isinstance(address, str):
-            raise ConfigurationError(f"{where}: discoveryAddress is {address!r}; expected host:port")
-        merged["discoveryAddress"] = address
-    for key in ("proxyAdminPort", "statsPort"):
-        if (port := given.get(key)) is not None:
-            if type(port) is not int or not 0 <= port <= 65_535:
-                raise ConfigurationError(f"{where}: {key} is {port!r}; expected a port from 0 to 65535")
-            merged[key] = port
-    if (metadata := given.get("proxyMetadata")) is not None:
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ConfigurationError(f"{where}: proxyMetadata must map names to strings; quote numbers and booleans")
-        merged["proxyMetadata"].update({str(key).removeprefix("ISTIO_META_"): value for key, value in metadata.items()})
-
-
-def _mapping(text: str, where: str) -> dict[Any, Any]:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigurationError(f"{where} is not YAML{line}: {getattr(error, 'problem', None) or error}") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigurationError(f"{where} is a {type(value).__name__}; expected keys and values")
-    return value

@@ -1,0 +1,95 @@
+"""The mesh file and PROXY_CONFIG. Source: Istio's ProxyConfig, as far as ztunnel reads it."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hbone.errors import ConfigurationError
+from ztunnel.environment import parse_port
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["MESH_FILE", "dns_warnings", "read_proxy_config"]
+
+MESH_FILE = Path("etc/istio/config/mesh")
+"""Where the mesh configuration is looked for, from the working directory."""
+
+
+def read_proxy_config(environ: Mapping[str, str], directory: Path) -> dict[str, Any]:
+    """The mesh file's `defaultConfig`, overridden by PROXY_CONFIG key by key. Unknown keys are ignored, as in Istio."""
+    merged: dict[str, Any] = {"discoveryAddress": None, "proxyAdminPort": None, "statsPort": None, "proxyMetadata": {}}
+    path = directory / MESH_FILE
+    try:
+        mesh = _mapping(path.read_text(), str(path))
+    except FileNotFoundError:
+        mesh = {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from None
+    default = mesh.get("defaultConfig")
+    sources = [(f"{path}: defaultConfig", {} if default is None else default)]
+    if "PROXY_CONFIG" in environ:
+        sources.append(("PROXY_CONFIG", _mapping(environ["PROXY_CONFIG"], "PROXY_CONFIG")))
+    for where, given in sources:
+        if not isinstance(given, dict):
+            raise ConfigurationError(f"{where} is a {type(given).__name__}; expected keys and values")
+        _merge(merged, given, where)
+    return merged
+
+
+def _merge(merged: dict[str, Any], given: dict[Any, Any], where: str) -> None:
+    if (address := given.get("discoveryAddress")) is not None:
+        if not isinstance(address, str):
+            raise ConfigurationError(f"{where}: discoveryAddress is {address!r}; expected host:port")
+        merged["discoveryAddress"] = address
+    for key in ("proxyAdminPort", "statsPort"):
+        if (port := given.get(key)) is not None:
+            if type(port) is not int or not 0 <= port <= 65_535:
+                raise ConfigurationError(f"{where}: {key} is {port!r}; expected a port from 0 to 65535")
+            merged[key] = port
+    if (metadata := given.get("proxyMetadata")) is not None:
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ConfigurationError(f"{where}: proxyMetadata must map names to strings; quote numbers and booleans")
+        merged["proxyMetadata"].update({str(key).removeprefix("ISTIO_META_"): value for key, value in metadata.items()})
+
+
+def _mapping(text: str, where: str) -> dict[Any, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigurationError(f"{where} is not YAML{line}: {getattr(error, 'problem', None) or error}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{where} is a {type(value).__name__}; expected keys and values")
+    return value
+
+
+def dns_warnings(metadata: Mapping[str, str]) -> list[str]:
+    """What the metadata asks of a DNS proxy, which there is none of; one sentence each.
+
+    Raises:
+        ConfigurationError: `DNS_PROXY_ADDR` is no address.
+    """
+    warnings: list[str] = []
+    if metadata.get("DNS_CAPTURE", "").lower() == "true":
+        warnings.append("DNS_CAPTURE is true and does nothing here: there is no DNS proxy yet")
+    address = metadata.get("DNS_PROXY_ADDR")
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        try:
+            parse_port(port)
+            if host != "localhost":
+                ipaddress.ip_address(host.strip("[]"))
+        except ValueError:
+            raise ConfigurationError(
+                f"failed to parse DNS_PROXY_ADDR: {address!r} is neither localhost:port nor ip:port"
+            ) from None
+        warnings.append("DNS_PROXY_ADDR is set and does nothing here: there is no DNS proxy yet")
+    return warnings
