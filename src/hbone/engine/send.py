@@ -41,6 +41,8 @@ class Outbound:
         "_config",
         "_encoder",
         "_guard",
+        "_last_reply",
+        "_last_reply_at",
         "_now",
         "_peer_header_list",
         "_peer_window",
@@ -77,6 +79,8 @@ class Outbound:
         self._wants_room = False
         self._replies = 0
         self._reply_bytes = 0
+        self._last_reply = b""
+        self._last_reply_at = 0
         self.closed = False
         """The connection is over; only what is queued may still be sent."""
         self.out = bytearray()
@@ -99,11 +103,14 @@ class Outbound:
 
     def _reply(self, frame: bytes) -> None:
         """Queue a frame that the peer caused; a peer that causes many and reads none is cut off."""
-        if not self.out:
+        out = self.out
+        if not out.startswith(self._last_reply, self._last_reply_at):  # written out since
             self._replies = self._reply_bytes = 0
+        self._last_reply = frame
+        self._last_reply_at = len(out)
         self._replies += 1
         self._reply_bytes += len(frame)
-        self.out += frame
+        out += frame
         if self._replies > MAX_REPLIES or self._reply_bytes > MAX_REPLY_BYTES:
             raise RemoteProtocolError(
                 f"the peer caused {self._replies} frames, {self._reply_bytes} bytes, and reads none of them;"

@@ -305,3 +305,84 @@ def test_a_server_understands_what_hyper_h2_understands(wires: list[bytes]) -> N
 @given(st.lists(st.one_of(ANSWERS, ANSWERS, COMMON, COMMON, COMMON, WRONG), max_size=25))
 def test_a_client_understands_what_hyper_h2_understands(wires: list[bytes]) -> None:
     compare(wires, client=True)
+
+
+def exchange(ours: EngineEnd, judge: h2.connection.H2Connection) -> list[h2.events.Event]:
+    """Carry bytes both ways until there are none; hyper-h2 reads at once."""
+    seen: list[h2.events.Event] = []
+    while True:
+        to_judge, to_ours = ours.engine.data_to_send(), judge.data_to_send()
+        if not to_judge and not to_ours:
+            return seen
+        for event in judge.receive_data(to_judge):
+            seen.append(event)
+            if isinstance(event, h2.events.DataReceived):
+                judge.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        ours.receive(to_ours)
+
+
+def payload_of(events: list[h2.events.Event]) -> bytes:
+    return b"".join([event.data for event in events if isinstance(event, h2.events.DataReceived)])
+
+
+def bulk(ours: EngineEnd, judge: h2.connection.H2Connection, stream: int) -> None:
+    """A megabyte each way, then both ends."""
+    size = 2**20
+    seen: list[h2.events.Event] = []
+    sent = answered = 0
+    while sent < size or answered < size:
+        sent += ours.engine.send_data(stream, bytes(size - sent)) if sent < size else 0
+        room = min(judge.local_flow_control_window(stream), judge.max_outbound_frame_size, size - answered)
+        if room:
+            judge.send_data(stream, b"y" * room, pad_length=None)
+            answered += room
+        seen += exchange(ours, judge)
+    ours.engine.end_stream(stream)
+    judge.end_stream(stream)
+    seen += exchange(ours, judge)
+    assert payload_of(seen) == bytes(size)
+    assert ours.received[stream] == b"y" * size
+    assert any(isinstance(event, h2.events.StreamEnded) for event in seen)
+    assert StreamEnded(stream_id=stream) in ours.events
+    assert ours.engine.open_streams == 0
+
+
+def test_our_client_is_served_by_hyper_h2() -> None:
+    ours = EngineEnd(client=True)
+    ours.engine.start(0.0)
+    judge = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding=None))
+    judge.initiate_connection()
+    exchange(ours, judge)
+    for stream in (1, 3, 5):
+        headers = frames.connect_headers("[::1]:80", [(b"baggage", b"v" * 300), (b"turn", b"%d" % stream)])
+        assert ours.engine.connect(headers, ours.sink(stream)) == stream
+        requests = [event for event in exchange(ours, judge) if isinstance(event, h2.events.RequestReceived)]
+        assert [tuple(event.headers) for event in requests] == [headers]
+        judge.send_headers(stream, [(b":status", b"200"), (b"baggage", b"w" * 300)])
+        exchange(ours, judge)
+        bulk(ours, judge, stream)
+
+
+def test_our_server_serves_hyper_h2() -> None:
+    ours = EngineEnd(client=False)
+    ours.engine.start(0.0)
+    judge = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding=None))
+    judge.initiate_connection()
+    exchange(ours, judge)
+    for stream in (1, 3, 5):
+        judge.send_headers(stream, [*frames.connect_headers(), (b"baggage", b"v" * 300)])
+        exchange(ours, judge)
+        ours.engine.accept(stream, ((b"baggage", b"w" * 300),), ours.sink(stream))
+        answers = [event for event in exchange(ours, judge) if isinstance(event, h2.events.ResponseReceived)]
+        assert [tuple(event.headers) for event in answers] == [((b":status", b"200"), (b"baggage", b"w" * 300))]
+        bulk(ours, judge, stream)
+    judge.send_headers(7, [*frames.connect_headers()])
+    exchange(ours, judge)
+    ours.engine.reject(7, 503)
+    seen = exchange(ours, judge)
+    assert any(isinstance(event, h2.events.StreamEnded) for event in seen)
+    judge.update_settings({h2.settings.SettingCodes.HEADER_TABLE_SIZE: 0})
+    judge.send_headers(9, [*frames.connect_headers()])
+    exchange(ours, judge)
+    ours.engine.accept(9, (), ours.sink(9))
+    assert any(isinstance(event, h2.events.ResponseReceived) for event in exchange(ours, judge))

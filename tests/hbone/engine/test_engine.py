@@ -3,6 +3,7 @@
 import struct
 
 import pytest
+from hpack import Encoder
 
 from hbone.config import ConnectionConfig
 from hbone.engine import Engine
@@ -234,6 +235,34 @@ def test_an_answer_that_ends_its_direction_is_both() -> None:
     ]
 
 
+def test_a_malformed_or_too_large_answer_is_a_fault() -> None:
+    end = started(client=True)
+    for _ in range(2):
+        end.engine.connect(frames.connect_headers(), len)
+    many = tuple((b"x%d" % index, b"y") for index in range(65))
+    wire = frames.response(1, extra=[(b"Upper", b"x")]) + frames.response(3, extra=many)
+    assert end.receive(wire) == [
+        StreamReset(stream_id=1, code=ErrorCode.PROTOCOL_ERROR, by_peer=False),
+        StreamReset(stream_id=3, code=ErrorCode.ENHANCE_YOUR_CALM, by_peer=False),
+    ]
+
+
+def test_headers_that_crossed_a_reset_are_decoded_and_dropped() -> None:
+    end = started(client=True)
+    encoder = Encoder()
+    for _ in range(3):
+        end.engine.connect(frames.connect_headers(), len)
+    end.engine.reset(1, ErrorCode.CANCEL)
+    end.receive(frames.rst_stream(3))
+    end.engine.data_to_send()
+    headers = ((b":status", b"200"), (b"name", b"value"))
+    assert end.receive(frames.headers(1, encoder.encode(headers))) == []
+    assert not end.engine.has_data_to_send
+    assert end.receive(frames.headers(3, encoder.encode(headers))) == []
+    assert resets(end.engine.data_to_send()) == [(3, ErrorCode.STREAM_CLOSED)]
+    assert end.receive(frames.headers(5, encoder.encode(headers))) == [ConnectAccepted(stream_id=5, headers=headers)]
+
+
 def test_payload_before_the_answer_is_a_fault() -> None:
     end = started(client=True)
     end.engine.connect(frames.connect_headers(), end.sink(1))
@@ -338,6 +367,20 @@ def test_a_sink_may_reset_its_own_stream() -> None:
                 events += end.receive(wire[at : at + step])
             assert events == []
             assert len(got) == 1
+
+
+def test_misuse_by_a_sink_is_ours_and_not_the_peers() -> None:
+    end = started(client=False)
+    end.receive(frames.connect(1))
+
+    def sink(view: memoryview) -> int:
+        end.engine.end_stream(99)
+        return len(view)
+
+    end.engine.accept(1, (), sink)
+    with pytest.raises(LocalProtocolError, match="stream 99"):
+        end.receive(frames.data(1, b"x"))
+    assert not end.engine.closed
 
 
 def test_a_sink_may_close_the_connection() -> None:

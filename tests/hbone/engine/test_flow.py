@@ -300,6 +300,22 @@ def test_padding_counts_for_both_windows_and_is_released_at_once() -> None:
     assert increments(server.engine.data_to_send(), 1) == [163 * 200 + 168]
 
 
+def test_padding_alone_keeps_a_stream_going() -> None:
+    server = with_stream(started_server(SMALL))
+    server.reading = False
+    for _ in range(150):
+        server.receive(frames.data(1, pad=255), now=server.engine.statistics().received_bytes / 256)
+    assert increments(server.engine.data_to_send(), 1) == [128 * 256]
+
+
+def test_a_reader_that_finishes_after_the_peers_end_credits_nobody() -> None:
+    server = with_stream(started_server(SMALL))
+    server.reading = False
+    server.receive(frames.data(1, bytes(60_000), end_stream=True))
+    server.release(1)
+    assert not server.engine.has_data_to_send
+
+
 def test_more_than_the_stream_window_resets_the_stream() -> None:
     server = with_stream(started_server(SMALL))
     server.reading = False

@@ -323,6 +323,18 @@ def test_a_peer_that_never_reads_is_cut_off_at_1000_frames() -> None:
     assert len(end.engine.out) < MAX_REPLY_BYTES
 
 
+def test_a_peer_that_reads_is_not_cut_off_though_the_queue_is_never_empty_when_it_asks() -> None:
+    end = open_stream(server())
+
+    def supply() -> Iterator[bytes]:
+        for turn in count():
+            end.engine.send_data(1, bytes(1 + turn % 7))
+            yield frames.ping() + frames.ping()
+
+    end.receive(frames.window_update(1, 2**20) + frames.window_update(0, 2**20))
+    assert cost(end, supply(), step=0.21) == LIMIT
+
+
 def test_resets_of_closed_streams_are_cut_off() -> None:
     end = server()
     end.receive(frames.connect(1) + frames.rst_stream(1))
