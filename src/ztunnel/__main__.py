@@ -10,7 +10,13 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-EXTRA = {"google": "protobuf", "hypercorn": "hypercorn", "prometheus_client": "prometheus-client", "structlog": "structlog", "yaml": "pyyaml"}
+EXTRA = {
+    "google": "protobuf",
+    "hypercorn": "hypercorn",
+    "prometheus_client": "prometheus-client",
+    "structlog": "structlog",
+    "yaml": "pyyaml",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

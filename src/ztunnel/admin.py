@@ -5,7 +5,6 @@ Nothing changes by GET, and no page shows a secret. What the pages show comes fr
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +14,7 @@ import attrs
 
 from hbone.daemon import logs
 from hbone.errors import ConfigurationError
+from ztunnel import dump
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -149,7 +149,7 @@ def admin_app(view: AdminView) -> App:
         return Page(content_type="text/html; charset=utf-8", body=text.encode())
 
     async def config_dump(_: Request) -> Page:
-        return Page.json(await view.config_dump())
+        return Page(content_type="application/json", body=await dump.encode(await view.config_dump()))
 
     async def status(_: Request) -> Page:
         return Page.json(view.status())
@@ -198,10 +198,11 @@ def admin_app(view: AdminView) -> App:
     )
 
 
-def stats_app(metrics: Metrics) -> App:
-    """The metrics pages. Source: Istio's ztunnel, stats server."""
+def stats_app(metrics: Metrics, account: Callable[[], None] = lambda: None) -> App:
+    """The metrics pages; `account` brings the counters up to date first. Source: Istio's ztunnel, stats server."""
 
     async def page(request: Request) -> Page:
+        account()
         content_type, body = metrics.exposition(request.accept)
         return Page(content_type=content_type, body=body)
 
@@ -219,13 +220,3 @@ def readiness_app(readiness: Readiness) -> App:
         return Page.text(f"not ready, pending: {', '.join(readiness.pending)}\n", 500)
 
     return router({"/healthz/ready": page})
-
-
-def certificate_entry(pem: bytes, serial: int, valid_from: str, expires: str) -> dict[str, str]:
-    """One certificate of the dump, in the form that `istioctl ztunnel-config` reads."""
-    return {
-        "pem": base64.b64encode(pem).decode(),
-        "serialNumber": str(serial),
-        "validFrom": valid_from,
-        "expirationTime": expires,
-    }

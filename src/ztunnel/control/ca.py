@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.message import DecodeError
 
 from hbone.errors import HboneError, IdentityError
-from hbone.grpc import GrpcError
+from hbone.grpc import GrpcError, GrpcUnavailable
 from hbone.identity import Identity, TrustBundle, X509Svid
 from hbone.identity.svid import svid_id, validity_problem
-from ztunnel.control.transport import ControlPlaneError, request_metadata
+from ztunnel.control.transport import ControlPlaneError, Unreachable, request_metadata
 from ztunnel.wire import ca_pb2
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hbone.identity import SpiffeId
     from ztunnel.control.transport import Dial, TokenSource
 
-__all__ = ["CREATE_CERTIFICATE", "CaClient", "CertificateAuthority", "make_csr", "read_answer", "rpc_error"]
+__all__ = ["CREATE_CERTIFICATE", "CaClient", "CertificateAuthority", "make_csr", "read_answer"]
 
 CREATE_CERTIFICATE = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
 CALL_TIMEOUT = 10.0
@@ -159,11 +159,6 @@ def _first_certificate(pem: str, what: str) -> x509.Certificate:
         raise ControlPlaneError(f"the {what} in the CA's answer cannot be read: {error}") from None
 
 
-def rpc_error(error: GrpcError, what: str) -> ControlPlaneError:
-    """Put a gRPC status into one sentence."""
-    return ControlPlaneError(f"{what} answered {error.code.name}: {error.message or 'no reason given'}")
-
-
 class CaClient:
     """Asks the CA for certificates, with a token or, for renewals without one, with the certificate it has."""
 
@@ -208,28 +203,43 @@ class CaClient:
             ControlPlaneError: the CA cannot be reached within 10 s, refuses, or its answer cannot be used.
         """
         key = ec.generate_private_key(ec.SECP256R1())
+        presented = None
+        if self._token is None and current is not None and self._wall() < current.svid.expires_at.timestamp():
+            presented = current
+        chain = await self.ask(spiffe_id, key, presented)
+        now = datetime.datetime.fromtimestamp(self._wall(), datetime.UTC)
+        return read_answer(chain, key, spiffe_id, now=now, warn=self._warn)
+
+    async def ask(
+        self, spiffe_id: SpiffeId, key: ec.EllipticCurvePrivateKey, presented: Identity | None = None
+    ) -> list[str]:
+        """Send the request for a certificate of `key`; the answer's chain as it came, to be read by `read_answer`.
+
+        Raises:
+            ControlPlaneError: the CA cannot be reached within 10 s, or refuses.
+        """
         request = ca_pb2.IstioCertificateRequest(
             csr=make_csr(key, spiffe_id), validity_duration=max(1, round(self._lifetime))
         ).SerializeToString()
         metadata = request_metadata(self._token, self._cluster_id, self._headers)
-        presented = None
-        if self._token is None and current is not None and self._wall() < current.svid.expires_at.timestamp():
-            presented = current
         try:
             with trio.fail_after(CALL_TIMEOUT):
                 async with self._dial(presented) as channel:
                     raw = await channel.unary(CREATE_CERTIFICATE, request, metadata)
         except trio.TooSlowError:
-            raise ControlPlaneError(f"the CA did not answer within {CALL_TIMEOUT:g} s") from None
-        except GrpcError as error:
-            raise rpc_error(error, "the CA") from error
+            raise Unreachable(f"the CA did not answer within {CALL_TIMEOUT:g} s") from None
         except ControlPlaneError:
             raise
+        except GrpcUnavailable as error:
+            raise Unreachable(f"the connection to the CA failed: {error.message}") from error
+        except GrpcError as error:
+            raise ControlPlaneError(
+                f"the CA answered {error.code.name}: {error.message or 'no reason given'}"
+            ) from error
         except (HboneError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ControlPlaneError(f"the connection to the CA failed: {error}") from error
+            raise Unreachable(f"the connection to the CA failed: {error}") from error
         try:
             answer = ca_pb2.IstioCertificateResponse.FromString(raw)
         except DecodeError:
             raise ControlPlaneError("the CA's answer is no IstioCertificateResponse") from None
-        now = datetime.datetime.fromtimestamp(self._wall(), datetime.UTC)
-        return read_answer(answer.cert_chain, key, spiffe_id, now=now, warn=self._warn)
+        return list(answer.cert_chain)

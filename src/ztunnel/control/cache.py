@@ -6,7 +6,9 @@ STATE/                 0700
   roots.pem            0600  the roots that came with them
   mesh.snapshot        0600  a line of JSON, then the store's snapshot; its modification time is
                              when the picture was last known to be current
+  enrolment.json       0600  where this host was enrolled, and as what
   admin.sock           0600  the admin pages, for `ztunnel status` and `ztunnel explain`
+  lock                 0600  held by the process that uses the directory
 ```
 
 Each file is replaced by rename. A file that is torn, damaged or another workload's is refused with one warning.
@@ -15,11 +17,11 @@ Each file is replaced by rename. A file that is torn, damaged or another workloa
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import json
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
@@ -27,13 +29,14 @@ import trio
 
 from hbone.daemon.files import require_private_directory, write_private
 from hbone.daemon.logs import get_logger
-from hbone.errors import IdentityError
+from hbone.errors import ConfigurationError, IdentityError
 from hbone.identity import Identity, X509Svid
 from ztunnel.control.ca import check_path, check_validity, read_roots
 from ztunnel.control.transport import ControlPlaneError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
 __all__ = ["CacheWriter", "SavedSnapshot", "StateDir"]
 
@@ -72,15 +75,34 @@ class StateDir:
     def __init__(self, path: Path) -> None:
         """Use `path`, which must be private; `open` checks that."""
         self.path = path
+        self._lock: int | None = None
 
     @classmethod
     def open(cls, path: Path) -> StateDir:
-        """Make sure that the directory is there and nobody else's.
+        """Make sure that the directory is there, nobody else's, and used by no other ztunnel; `release` it afterwards.
 
         Raises:
-            ConfigurationError: it cannot be made, or others may read it.
+            ConfigurationError: it cannot be made, others may read it, or another process uses it.
         """
-        return cls(require_private_directory(path))
+        state = cls(require_private_directory(path))
+        try:
+            state._lock = os.open(state.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(state._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            state.release()
+            raise ConfigurationError(
+                f"the state directory {str(path)!r} is in use by another ztunnel; stop it, or set ZTUNNEL_STATE_DIR"
+            ) from None
+        except OSError as error:
+            state.release()
+            raise ConfigurationError(f"the state directory {str(path)!r} cannot be used: {error.strerror}") from None
+        return state
+
+    def release(self) -> None:
+        """Let another process have it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @property
     def admin_socket(self) -> Path:

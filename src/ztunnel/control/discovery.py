@@ -6,7 +6,6 @@ millisecond, then becomes visible at once: the data path sees the state before i
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -18,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from hbone.daemon.logs import get_logger
 from hbone.errors import HboneError
-from hbone.grpc import GrpcError
+from hbone.grpc import GrpcError, GrpcUnavailable
 from ztunnel.control.transport import ControlPlaneError, request_metadata
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, RejectedResource, decode_address, decode_policy
 from ztunnel.wire import discovery_pb2
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DELTA",
-    "MAX_RESPONSE",
     "DiscoveryClient",
     "DiscoveryMetrics",
     "DiscoveryStatus",
@@ -42,8 +40,6 @@ __all__ = [
 DELTA = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE)
 
-MAX_RESPONSE = 200 * 1024 * 1024
-"""Bytes of one response. Source: Istio's ztunnel, message limit of its discovery client."""
 FIRST_ANSWER_TIMEOUT = 60.0
 """Seconds from the subscription to the first response of each type, on every stream."""
 SLICE = 0.001
@@ -94,7 +90,7 @@ def make_node(
     ip: str,
     node_name: str,
     metadata: Mapping[str, str],
-    json_metadata: Mapping[str, str],
+    json_metadata: Mapping[str, Any],
 ) -> discovery_pb2.Node:
     """Who we say we are; a hint only, the control plane goes by token or certificate.
 
@@ -103,11 +99,7 @@ def make_node(
     node = discovery_pb2.Node(id=f"ztunnel~{ip}~{name}.{namespace}~{namespace}.svc.cluster.local")
     fields: dict[str, Any] = {"NAME": name, "NAMESPACE": namespace, "INSTANCE_IPS": ip, "NODE_NAME": node_name}
     fields.update(metadata)
-    for key, text in json_metadata.items():
-        try:
-            fields[key] = json.loads(text)
-        except ValueError as error:
-            log.error("bad node metadata", variable=f"ISTIO_METAJSON_{key}", error=str(error))
+    fields.update(json_metadata)
     node.metadata.update(fields)
     return node
 
@@ -360,6 +352,8 @@ class DiscoveryClient:
 def _is_reconnect(error: GrpcError) -> bool:
     """Whether the stream ended as streams do: the server drains, restarts, or a deadline passed."""
     name = error.code.name
+    if isinstance(error, GrpcUnavailable):
+        return True  # the connection, not the call: the server went away, as it does to be restarted
     if name in ("UNKNOWN", "CANCELLED", "DEADLINE_EXCEEDED"):
         return True
     message = (error.message or "").lower()

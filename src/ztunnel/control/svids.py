@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import random
 import time
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from hbone.errors import IdentityError
 from ztunnel.control.transport import ControlPlaneError
 
 if TYPE_CHECKING:
+    import datetime
     from collections.abc import Callable
 
     from hbone.identity import Identity, SpiffeId

@@ -17,16 +17,21 @@ import attrs
 import trio
 from cryptography import x509
 
-from hbone.errors import ConfigurationError, HboneError, TlsError
+from hbone.errors import ConfigurationError, HboneError, IdentityError, TlsError
+from hbone.grpc import GrpcConfig, GrpcUnavailable
+from hbone.tls import TlsContext
+from hbone.trio.grpc import GrpcClient, GrpcStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from hbone.identity import Identity
+    from ztunnel.mesh import IpAddress
 
 __all__ = [
     "CONNECT_TIMEOUT",
+    "MAX_RESPONSE",
     "Channel",
     "ControlPlaneError",
     "Dial",
@@ -35,14 +40,19 @@ __all__ = [
     "RootSource",
     "ServerAddress",
     "TokenSource",
+    "Unreachable",
     "grpc_dialer",
+    "open_stream",
     "request_metadata",
+    "tls_context",
 ]
 
 CONNECT_TIMEOUT = 5.0
 """Seconds for TCP and TLS to the control plane together, each. Source: Istio's ztunnel, connect timeout of 15012."""
 KEEPALIVE = (300, 75, 9)
 """TCP keepalive of control-plane connections: idle seconds, interval seconds, probes."""
+MAX_RESPONSE = 200 * 1024 * 1024
+"""Bytes of one message of a stream. Source: Istio's ztunnel, message limit of its discovery client."""
 MAX_TOKEN = 16 * 1024
 """Bytes of a token file; a JWT is one or two KiB."""
 MAX_ROOTS = 1024 * 1024
@@ -54,6 +64,10 @@ Metadata = tuple[tuple[str, str], ...]
 
 class ControlPlaneError(HboneError):
     """The control plane could not be reached, or what it said cannot be used. One sentence."""
+
+
+class Unreachable(ControlPlaneError):
+    """The control plane could not be reached, or the connection to it was lost; it may be tried again."""
 
 
 class MessageStream(Protocol):
@@ -181,22 +195,38 @@ class RootSource:
     A file that has become unreadable costs a warning, and the last good roots stay in use.
     """
 
-    def __init__(self, setting: str | None, *, default: Path, variable: str, extra: Callable[[], bytes | None]) -> None:
+    def __init__(
+        self,
+        setting: str,
+        *,
+        default: Path,
+        variable: str,
+        extra: Callable[[], bytes | None] = lambda: None,
+    ) -> None:
         """Follow `CA_ROOT_CA` or `XDS_ROOT_CA`.
 
         Args:
-            setting: A path that exists, the word SYSTEM, inline PEM, or None for `default`.
-            default: Where the root is when nothing is set.
+            setting: A path, the word SYSTEM, or inline PEM.
+            default: The path that stands when nothing is set.
             variable: The name of the setting, for errors.
-            extra: Roots of an enrolment (PEM), used when nothing is set and `default` is not there.
+            extra: Roots of an enrolment (PEM), used where the setting is `default` and nothing is there.
         """
         self._setting = setting
         self._default = default
         self._variable = variable
         self._extra = extra
         self._good: tuple[x509.Certificate, ...] = ()
+        self._fixed = False
         self.problem: str | None = None
         """Why the last reading failed, when older roots are in use."""
+
+    @classmethod
+    def of(cls, *roots: x509.Certificate) -> RootSource:
+        """Roots that are known already."""
+        source = cls("", default=Path(), variable="")
+        source._good = roots
+        source._fixed = True
+        return source
 
     def load(self) -> tuple[x509.Certificate, ...]:
         """The roots as they are now.
@@ -204,6 +234,8 @@ class RootSource:
         Raises:
             ControlPlaneError: there is none, and never was.
         """
+        if self._fixed:
+            return self._good
         try:
             roots = self._read()
         except ControlPlaneError as error:
@@ -219,10 +251,10 @@ class RootSource:
         setting = self._setting
         if setting == "SYSTEM":
             return _parse_roots(_system_roots(), f"{self._variable}=SYSTEM")
-        if setting and "-----BEGIN" in setting:
+        if "-----BEGIN" in setting:
             return _parse_roots(setting.encode(), f"the PEM in {self._variable}")
-        path = Path(setting) if setting else self._default
-        if not setting and not path.exists():
+        path = Path(setting)
+        if path == self._default and not path.exists():
             pem = self._extra()
             if pem is not None:
                 return _parse_roots(pem, "the root of the enrolment")
@@ -259,51 +291,122 @@ def _system_roots() -> bytes:
     )
 
 
-def grpc_dialer(address: ServerAddress, roots: RootSource) -> Dial:
+def grpc_dialer(
+    address: ServerAddress, roots: RootSource, *, mark: int | None = None, source: IpAddress | None = None
+) -> Dial:
     """Dial `address` by TLS, checking chain and name, and speak gRPC on it.
 
     The name or address of the server is checked as well as its chain: the same root signs workloads, and none of
     them may pose as the control plane.
+
+    Args:
+        address: Where the control plane is.
+        roots: Read at each dial.
+        mark: SO_MARK, so that the host's capture rules let the connection pass.
+        source: Local address to dial from.
     """
 
     @contextlib.asynccontextmanager
     async def dial(identity: Identity | None) -> AsyncIterator[Channel]:
-        from hbone.grpc import GrpcError
-        from hbone.tls import TlsContext
-        from hbone.trio.grpc import GrpcClient
-
-        context = TlsContext.client(
-            identity,
-            roots=roots.load(),
-            server_name=address.host,
-            alt_names=(address.alternative,) if address.alternative else (),
+        context = tls_context(address, roots.load(), identity)
+        stream = await open_stream(address, mark=mark, source=source)
+        client = GrpcClient(
+            stream, context, authority=str(address), config=GrpcConfig(handshake_timeout=CONNECT_TIMEOUT)
         )
-        try:
-            with trio.fail_after(CONNECT_TIMEOUT):
-                stream = await trio.open_tcp_stream(address.host, address.port)
-        except trio.TooSlowError:
-            raise ControlPlaneError(
-                f"the control plane {address} did not answer within {CONNECT_TIMEOUT:g} s"
-            ) from None
-        except OSError as error:
-            raise ControlPlaneError(f"the control plane {address} cannot be reached: {describe(error)}") from None
-        keepalive(stream)
-        try:
-            async with GrpcClient(stream, context) as client:
-                yield client
-        except TlsError as error:
-            raise ControlPlaneError(f"the control plane {address} is not the one that we trust: {error}") from error
-        except GrpcError:
-            raise
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(client)
+            except TlsError as error:
+                raise ControlPlaneError(f"no connection to the control plane {address}: {error}") from error
+            except GrpcUnavailable as error:
+                raise Unreachable(f"no connection to the control plane {address}: {error.message}") from error
+            yield _GrpcChannel(client)
 
     return dial
 
 
-def describe(error: OSError) -> str:
-    """The plainest words for a failed dial; Trio puts the reasons of several addresses in a group."""
-    reasons = getattr(error.__cause__, "exceptions", None) or [error]
-    texts = {str(reason.strerror or reason) if isinstance(reason, OSError) else str(reason) for reason in reasons}
-    return "; ".join(sorted(texts))
+class _GrpcChannel:
+    """A gRPC connection in the form of `Channel`."""
+
+    def __init__(self, client: GrpcClient) -> None:
+        self._client = client
+
+    async def unary(self, path: str, request: bytes, metadata: Metadata, /) -> bytes:
+        return await self._client.unary(path, request, metadata)
+
+    @contextlib.asynccontextmanager
+    async def stream(self, path: str, metadata: Metadata, /) -> AsyncIterator[MessageStream]:
+        async with self._client.stream(path, metadata) as stream:
+            yield _LargeStream(stream)
+
+
+class _LargeStream:
+    """A gRPC stream that takes responses as large as a mesh is."""
+
+    def __init__(self, stream: GrpcStream) -> None:
+        self._stream = stream
+        self.send = stream.send
+
+    async def receive(self) -> bytes | None:
+        return await self._stream.receive(MAX_RESPONSE)
+
+
+def tls_context(
+    address: ServerAddress, roots: Sequence[x509.Certificate], identity: Identity | None = None
+) -> TlsContext:
+    """What a connection to the control plane is checked by.
+
+    Raises:
+        ControlPlaneError: a root is unusable, or the address is neither a name nor an IP address.
+    """
+    alternatives = (address.alternative,) if address.alternative else ()
+    try:
+        return TlsContext.client(identity, roots=roots, server_name=address.host, alt_names=alternatives)
+    except (IdentityError, ConfigurationError) as error:
+        raise ControlPlaneError(f"the control plane {address} cannot be dialled: {error}") from error
+
+
+async def open_stream(
+    address: ServerAddress, *, mark: int | None = None, source: IpAddress | None = None
+) -> trio.SocketStream:
+    """Connect by TCP, within five seconds, to one address after the other.
+
+    Raises:
+        ControlPlaneError: none of them answers.
+    """
+    reasons: list[str] = []
+    with trio.move_on_after(CONNECT_TIMEOUT):
+        try:
+            found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ControlPlaneError(
+                f"the control plane's name {address.host} has no address: {error.strerror}"
+            ) from None
+        share = CONNECT_TIMEOUT / max(1, len(found))
+        for family, kind, protocol, _, target in found[:8]:
+            sock = trio.socket.socket(family, kind, protocol)
+            try:
+                if mark is not None:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+                if source is not None and (family == socket.AF_INET6) == (source.version == 6):
+                    await sock.bind((str(source), 0))
+                with trio.fail_after(share):
+                    await sock.connect(target)
+            except trio.TooSlowError:
+                reasons.append(f"no answer within {share:g} s")
+                sock.close()
+            except OSError as error:
+                reasons.append((error.strerror or str(error)).lower())
+                sock.close()
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                stream = trio.SocketStream(sock)
+                keepalive(stream)
+                return stream
+    why = "; ".join(dict.fromkeys(reasons)) or f"no answer within {CONNECT_TIMEOUT:g} s"
+    raise Unreachable(f"the control plane {address} cannot be reached: {why}")
 
 
 def keepalive(stream: trio.SocketStream) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -8,15 +7,16 @@ import trio
 import trio.testing
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from tests.support.control_plane import START, Authority, ScriptedControlPlane, utc, wall
 
 from hbone.grpc import GrpcError, StatusCode
 from hbone.identity import SpiffeId
-from tests.support.control_plane import START, Authority, ScriptedControlPlane, utc, wall
 from ztunnel.control.ca import CREATE_CERTIFICATE, CaClient, make_csr, read_answer
 from ztunnel.control.transport import ControlPlaneError, TokenSource
 from ztunnel.wire import ca_pb2
 
 if TYPE_CHECKING:
+    import datetime
     from pathlib import Path
 
     from hbone.identity import Identity

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 import trio.testing
+from tests.support.control_plane import START, ScriptedControlPlane, ScriptedStream, wall
 
 from hbone.grpc import GrpcError, StatusCode
-from tests.support.control_plane import START, ScriptedControlPlane, ScriptedStream, wall
 from ztunnel.control.discovery import DiscoveryClient, make_node
 from ztunnel.control.transport import ControlPlaneError, TokenSource
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, Change, Store
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def workload(name: str, ip: int = 1, version: str = "1", **fields: object) -> tuple[str, str, bytes]:
+def workload(name: str, ip: int = 1, version: str = "1") -> tuple[str, str, bytes]:
     uid = f"c1//Pod/shop/{name}"
     message = workload_pb2.Workload(
-        uid=uid, name=name, namespace="shop", addresses=[bytes([10, 0, ip // 256, ip % 256])], **fields
+        uid=uid, name=name, namespace="shop", addresses=[bytes([10, 0, ip // 256, ip % 256])]
     )
     return uid, version, workload_pb2.Address(workload=message).SerializeToString()
 
@@ -73,7 +73,7 @@ class Bench:
                 ip="10.0.0.1",
                 node_name="",
                 metadata={"A": "b"},
-                json_metadata={"N": "[1]"},
+                json_metadata={"N": [1]},
             ),
             metrics=self.counters,
             token=TokenSource(value="secret"),
@@ -120,7 +120,7 @@ async def test_opening_subscribes_to_both_types_as_wildcard_with_node_and_header
         assert request.node.id == "ztunnel~10.0.0.1~web.shop~shop.svc.cluster.local"
         assert dict(request.node.metadata)["NAMESPACE"] == "shop"
         assert dict(request.node.metadata)["A"] == "b"
-        assert list(dict(request.node.metadata)["N"]) == [1]
+        assert request.node.metadata.fields["N"].list_value.values[0].number_value == 1
 
 
 async def test_good_response_is_applied_and_acknowledged(autojump_clock: trio.testing.MockClock, bench: Bench) -> None:

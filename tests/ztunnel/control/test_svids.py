@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import itertools
 import random
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 import trio.testing
+from tests.support.control_plane import START, Authority, ScriptedControlPlane, wall
 
 from hbone.identity import SpiffeId
-from tests.support.control_plane import START, Authority, ScriptedControlPlane, wall
 from ztunnel.control.ca import CaClient
 from ztunnel.control.svids import Backoff, NoCertificate, SvidManager
 from ztunnel.control.transport import ControlPlaneError
@@ -134,7 +135,7 @@ async def test_failures_back_off_from_one_second_to_at_most_150(
         if bench.control.dials > dials:
             dials = bench.control.dials
             times.append(trio.current_time())
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert 0.8 <= gaps[0] <= 1.3
     assert 1.6 <= gaps[1] <= 2.5
     assert max(gaps) <= 150.1

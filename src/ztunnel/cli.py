@@ -1,0 +1,296 @@
+"""The `ztunnel` command: run, status, explain, enroll, version."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from hbone import commandline
+from hbone.commandline import CommandError, ExitCode, Parser
+from hbone.connect import Authority, AuthorityError
+from hbone.daemon import logs
+from hbone.errors import ConfigurationError
+from ztunnel import reach
+from ztunnel.client import DaemonAway, ask
+from ztunnel.config import DEFAULT_STATE_DIR, Config
+from ztunnel.control.cache import StateDir
+from ztunnel.control.enroll import enroll, load_enrolment
+from ztunnel.control.transport import ControlPlaneError, ServerAddress, Unreachable
+from ztunnel.wire.token import MAX_TOKEN_LENGTH, parse_enrolment_token
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["main", "settings"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return commandline.run("ztunnel", _main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        return int(arguments.command(arguments))
+    except Unreachable as error:
+        raise CommandError(str(error), ExitCode.UNREACHABLE) from None
+    except ControlPlaneError as error:
+        raise CommandError(str(error), ExitCode.NO) from None
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="ztunnel",
+        description="The node proxy of an ambient mesh. Settings are environment variables, with Istio's names.",
+        epilog="example:\n  PROXY_WORKLOAD_INFO=shop/web-1/web XDS_ADDRESS=https://10.0.0.1:15012"
+        " CA_ADDRESS=https://10.0.0.1:15012 ztunnel run",
+    )
+    parser.set_defaults(command=_run)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    for name in ("run", "proxy"):
+        run = commands.add_parser(
+            name,
+            help="run the proxy until SIGTERM (the default)" if name == "run" else "the same, as ztunnel calls it",
+            description="Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once.",
+            epilog=f"example:\n  PROXY_WORKLOAD_INFO=shop/web-1/web ztunnel {name}",
+        )
+        run.set_defaults(command=_run)
+    status = commands.add_parser(
+        "status",
+        help="what the proxy on this host does",
+        description="Identity and its expiry, the control plane, tunnels and connections of the proxy on this host,"
+        " and the ports of this host that can be reached past the mesh.",
+        epilog="example:\n  ztunnel status --json",
+    )
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.set_defaults(command=_status)
+    explain = commands.add_parser(
+        "explain",
+        help="what the mesh does with a connection",
+        description="Every step of the decision: service, endpoint, tunnel or plaintext, expected peer, policy."
+        " Exit code 1 when the connection would be refused.",
+        epilog="example:\n  ztunnel explain orders.shop.internal:8080 --from shop/web-1",
+    )
+    explain.add_argument("destination", metavar="HOST:PORT", help="where to: an address, or a name")
+    explain.add_argument(
+        "--from", dest="source", metavar="WORKLOAD", help="the client: namespace/name or uid; default the workload here"
+    )
+    explain.add_argument("--json", action="store_true", help="for programs")
+    explain.set_defaults(command=_explain)
+    enrol = commands.add_parser(
+        "enroll",
+        help="turn a one-time token into this host's certificate",
+        description="Present a one-time token to the control plane and keep the certificate it gives. The token leaves"
+        " this host only after the server's chain was found to end in the root that the token names.",
+        epilog="example:\n  ztunnel enroll --server 10.0.0.1 --token-file token.txt",
+    )
+    enrol.add_argument("--server", required=True, metavar="HOST[:15012]", help="the control plane")
+    enrol.add_argument("--token-file", required=True, metavar="FILE", help="the token; - for standard input")
+    enrol.add_argument("--name", help="name of this host's workload, where the token names none; default the host name")
+    enrol.set_defaults(command=_enroll)
+    about = commands.add_parser(
+        "version", help="the version", description="Print the version.", epilog="example:\n  ztunnel version"
+    )
+    about.set_defaults(command=_version)
+    return parser
+
+
+def settings(environ: Mapping[str, str]) -> Config:
+    """The settings; those that an enrolment stands for are used where the environment has none.
+
+    Raises:
+        ConfigurationError: a variable is wrong.
+    """
+    config = Config.from_env(environ)
+    enrolment = load_enrolment(config.state_dir or DEFAULT_STATE_DIR)
+    if enrolment is None:
+        return config
+    return Config.from_env({**enrolment.environment(), **environ})
+
+
+def _run(_: argparse.Namespace) -> int:
+    config = settings(os.environ)
+    config.served  # noqa: B018 - a missing workload is named now, before anything starts
+    terminal = sys.stdout.isatty()
+    format_ = config.log_format if config.log_format != "auto" else "console" if terminal else "json"
+    logs.configure(format_, config.log_level)  # type: ignore[arg-type]  # the settings allow these names only
+    state = _state(config)
+    from ztunnel import app
+
+    try:
+        app.run(config, state)
+    finally:
+        if state is not None:
+            state.release()
+    return ExitCode.DONE
+
+
+def _state(config: Config) -> StateDir | None:
+    """The state directory: the one that was named, or the usual one where it can be had."""
+    if config.state_dir is not None:
+        return StateDir.open(config.state_dir)
+    try:
+        return StateDir.open(DEFAULT_STATE_DIR)
+    except ConfigurationError as error:
+        logs.get_logger("ztunnel.app").warning(
+            "nothing is kept on disk: a restart while the control plane is away cannot serve; set ZTUNNEL_STATE_DIR",
+            error=str(error),
+        )
+        return None
+
+
+def _daemon(path: str) -> tuple[int, Any]:
+    """Ask the daemon of these settings, by its socket or else its port; what it answered, JSON where it is 200.
+
+    Raises:
+        CommandError: no daemon answers, or not with a page of ours.
+    """
+    config = settings(os.environ)
+    socket_path = (config.state_dir or DEFAULT_STATE_DIR) / "admin.sock"
+    try:
+        code, body = ask(path, socket_path=socket_path, host=config.loopback_host, port=config.admin_port)
+        return code, json.loads(body) if code == 200 else body.decode(errors="replace").strip()
+    except DaemonAway as error:
+        raise CommandError(f"{error}; is ztunnel running, with the same settings?", ExitCode.UNREACHABLE) from None
+    except ValueError:
+        raise CommandError("what answers is no ztunnel", ExitCode.UNREACHABLE) from None
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    code, found = _daemon("/status")
+    if code != 200 or not isinstance(found, dict):
+        raise CommandError(f"the daemon answered {code}: {found}", ExitCode.UNREACHABLE)
+    found["reach"] = reach.look(found)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(_status_lines(found)))
+    return ExitCode.DONE
+
+
+def _status_lines(found: dict[str, Any]) -> list[str]:
+    rows: list[tuple[str, str]] = [
+        ("workload", f"{found['workload']} ({found['state']}, pid {found['pid']}, ztunnel {found['version']})")
+    ]
+    for identity in found["identities"]:
+        text = f"{identity['identity']}, {identity['state']}"
+        if identity["expires"]:
+            text += f", expires {identity['expires']}, renewed in {identity['renewsInSeconds']:.0f} s"
+        rows.append(("identity", text + (f"; last error: {identity['error']}" if identity["error"] else "")))
+    if not found["identities"]:
+        rows.append(("identity", "none yet: the control plane has not described this workload"))
+    plane = found["controlPlane"]
+    if plane is None:
+        rows.append(("control plane", "none; the mesh is from the local file"))
+    else:
+        since = plane["connectedSince"] if plane["connected"] else plane["staleSince"]
+        text = "connected" if plane["connected"] else "away"
+        text = f"{plane['address']} {text}" + (f" since {since}" if since else "")
+        if plane["staleSince"] and plane["connected"]:
+            text += f"; the mesh is as of {plane['staleSince']}"
+        if plane["rejected"]:
+            text += f"; {plane['rejected']} resources rejected"
+        rows.append(("control plane", text + (f"; {plane['error']}" if plane["error"] else "")))
+    mesh = found["mesh"]
+    rows.append(("mesh", f"{mesh['workloads']} workloads, {mesh['services']} services, {mesh['policies']} policies"))
+    if not mesh["knowsWorkload"]:
+        rows.append(("", "this workload is not in it: its connections are refused"))
+    tunnels = found["tunnels"]
+    streams = sum(tunnel["streams"] for tunnel in tunnels)
+    outbound = sum(tunnel["direction"] == "outbound" for tunnel in tunnels)
+    rows.append(("tunnels", f"{outbound} outbound, {len(tunnels) - outbound} inbound, {streams} streams on them"))
+    connections = found["connections"]
+    rows.append(("connections", f"{connections['outbound']} outbound, {connections['inbound']} inbound"))
+    rows.append(("listening", ", ".join(f"{name} {where}" for name, where in sorted(found["listeners"].items()))))
+    rows.append(("captured", reach.capture_text(found["reach"])))
+    rows.append(("past the mesh", reach.exposed_text(found["reach"])))
+    return [f"{name:14} {text}" for name, text in rows]
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    try:
+        Authority.parse(arguments.destination)
+    except AuthorityError as error:
+        raise CommandError(f"destination {arguments.destination!r}: {error}; write HOST:PORT") from None
+    query = {"destination": arguments.destination} | ({"from": arguments.source} if arguments.source else {})
+    code, found = _daemon("/explain?" + _encode(query))
+    if code != 200 or not isinstance(found, dict):
+        raise CommandError(str(found))
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for step in found["steps"]:
+            print(f"{step['topic']:12} {step['text']}")
+        print("allowed" if found["allowed"] else "refused")
+    return ExitCode.DONE if found["allowed"] else ExitCode.NO
+
+
+def _encode(query: Mapping[str, str]) -> str:
+    from urllib.parse import urlencode
+
+    return urlencode(query)
+
+
+def _enroll(arguments: argparse.Namespace) -> int:
+    address = ServerAddress.parse(arguments.server, variable="--server")
+    token = parse_enrolment_token(_read_token(arguments.token_file))
+    if arguments.name and token.name and arguments.name != token.name:
+        raise CommandError(f"--name is {arguments.name!r}, but the token is for {token.name!r}; leave --name out")
+    name = token.name or arguments.name or socket.gethostname().partition(".")[0]
+    if not name or "/" in name or len(name) > 253:
+        raise CommandError(f"--name is {name!r}; it must be the name of a workload, without a slash")
+    config = Config.from_env(os.environ)
+    state = StateDir.open(config.state_dir or DEFAULT_STATE_DIR)
+    try:
+        identity, offset = trio.run(_enroll_now, address, token, state, name)
+    finally:
+        state.release()
+    expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(identity.svid.expires_at.timestamp()))
+    print(f"{identity.svid.id} until {expires}, kept in {state.path}")
+    print(_clock_text(offset))
+    print(f"start it with: {_start_hint(config)}ztunnel run")
+    return ExitCode.DONE
+
+
+async def _enroll_now(address: ServerAddress, token: Any, state: StateDir, name: str) -> Any:
+    return await enroll(address, token, state, name=name)
+
+
+def _start_hint(config: Config) -> str:
+    return f"ZTUNNEL_STATE_DIR={config.state_dir} " if config.state_dir is not None else ""
+
+
+def _clock_text(offset: float) -> str:
+    seconds = abs(round(offset))
+    if seconds <= 2:
+        return "this host's clock agrees with the control plane's within 2 seconds"
+    way = "ahead of" if offset > 0 else "behind"
+    text = f"this host's clock is {seconds} s {way} the control plane's"
+    return text if seconds < 60 else f"{text}; set it, or certificates will not be valid here when they are there"
+
+
+def _read_token(path: str) -> str:
+    try:
+        if path == "-":
+            raw = sys.stdin.buffer.read(MAX_TOKEN_LENGTH + 1)
+        else:
+            with Path(path).open("rb") as file:
+                raw = file.read(MAX_TOKEN_LENGTH + 1)
+    except OSError as error:
+        raise CommandError(f"the token file {path!r} cannot be read: {error.strerror}") from None
+    return raw.decode("latin-1")
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(f"ztunnel {version('hbone')}")
+    return ExitCode.DONE
