@@ -13,9 +13,8 @@ Source: RFC 7541; RFC 9113 §8.2, §8.3.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import attrs
 from hpack.exceptions import HPACKError
 from hpack.hpack import decode_integer, encode_integer
 from hpack.huffman_table import decode_huffman
@@ -48,8 +47,7 @@ _CONNECTION_FIELDS = frozenset({b"connection", b"proxy-connection", b"keep-alive
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path"})
 
 
-@attrs.frozen
-class HeaderBlock:
+class HeaderBlock(NamedTuple):
     """A decoded block."""
 
     fields: Headers

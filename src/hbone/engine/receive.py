@@ -112,15 +112,9 @@ class Inbound(Control):
             word, flags, stream_id = unpack(view, position)
             if not word & 0xFF and flags <= END_STREAM and self._plain:
                 stream = streams.get(stream_id)
-                if stream is not None:
+                if stream is not None and (sink := stream.sink) is not None:
                     length = word >> 8
-                    sink = stream.sink
-                    if (
-                        sink is not None
-                        and 0 < length <= largest
-                        and length <= stream.credit
-                        and length <= self._credit
-                    ):
+                    if 0 < length <= largest and length <= stream.credit and length <= self._credit:
                         stream.credit -= length
                         self._credit -= length
                         position += HEADER_SIZE
@@ -140,6 +134,10 @@ class Inbound(Control):
                                 self._update_window(stream)
                         if flags:
                             self._receive_end(stream)
+                        continue
+                    if not length and flags:
+                        position += HEADER_SIZE
+                        self._receive_end(stream)
                         continue
             if self.closed:
                 return  # by a sink
