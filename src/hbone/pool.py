@@ -227,7 +227,7 @@ class Pool(Generic[T]):
         self._sites[entry.key].roomy[entry] = None
 
     def retire(self, tunnel: T) -> None:
-        """No further stream on `tunnel`: GOAWAY, lost, or a PING without answer. Its streams are the adapter's matter."""
+        """No further stream on `tunnel`: GOAWAY, lost, or no answer to PING. Its streams are the adapter's matter."""
         entry = self._entries.pop(tunnel, None)
         if entry is None:
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from typing import TYPE_CHECKING
 
 import trio
@@ -154,4 +156,6 @@ def _reason(error: BaseException) -> str:
         cause = cause.exceptions[0]
     if isinstance(cause, OSError):
         error = cause
-    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+    if isinstance(error, socket.gaierror) or not isinstance(error, OSError) or error.errno is None:
+        return str(getattr(error, "strerror", None) or error).lower()
+    return os.strerror(error.errno).lower()

@@ -107,9 +107,10 @@ class ConnectionPool:
         assert nursery is not None
         self._pool.close()
         if kind is None:
-            for tunnel in list(self._tunnels):
+            tunnels = list(self._tunnels)
+            for tunnel in tunnels:
                 tunnel.close()  # each runs on until its last bytes have left, for a second at most
-            nursery.start_soon(self._join, nursery.cancel_scope)
+            nursery.start_soon(self._join, tunnels, nursery.cancel_scope)
         return await self._manager.__aexit__(kind, error, trace)
 
     async def connect(
@@ -315,7 +316,7 @@ class ConnectionPool:
             await trio.sleep_until(now + self._idle_timeout if deadline is None else max(deadline, now + 1.0))
             self._reap()
 
-    async def _join(self, scope: trio.CancelScope) -> None:
-        for tunnel in list(self._tunnels):
+    async def _join(self, tunnels: list[Connection], scope: trio.CancelScope) -> None:
+        for tunnel in tunnels:
             await tunnel.aclose()
         scope.cancel()
