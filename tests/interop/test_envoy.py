@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,6 @@ from hbone.testing.envoy import EnvoyPorts, config, envoy, free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.interop
 
@@ -48,7 +48,7 @@ async def _echo(stream: trio.SocketStream) -> None:
 
 @contextlib.asynccontextmanager
 async def _terminating(
-    directory: Path, application: Callable[[trio.SocketStream], Awaitable[None]] = _echo, **more: int
+    directory: Path, application: Callable[[trio.SocketStream], Awaitable[None]] = _echo, drain_after: int = 0
 ) -> AsyncIterator[tuple[EnvoyPorts, str, hbone.trio.ConnectionPool]]:
     """Envoy in front of an application, and a pool of ours that tunnels to it."""
     _material(directory)
@@ -57,7 +57,12 @@ async def _terminating(
         listeners = await nursery.start(trio.serve_tcp, application, 0)
         port = listeners[0].socket.getsockname()[1]
         bootstrap = config(
-            directory, ports, application=("127.0.0.1", port), tunnel_to=("127.0.0.1", 1), authority="x:1", **more
+            directory,
+            ports,
+            application=("127.0.0.1", port),
+            tunnel_to=("127.0.0.1", 1),
+            authority="x:1",
+            drain_after=drain_after,
         )
         async with envoy(directory, ports, bootstrap), hbone.trio.ConnectionPool(_source("client")) as pool:
             yield ports, f"127.0.0.1:{port}", pool
@@ -99,26 +104,16 @@ async def test_envoy_answers_after_our_fin(tmp_path: Path) -> None:
         await stream.aclose()
 
 
-async def test_envoy_ends_its_direction_first(tmp_path: Path) -> None:
-    arrived = bytearray()
-    done = trio.Event()
+async def test_what_envoys_application_said_before_its_fin_arrives_whole(tmp_path: Path) -> None:
+    """Envoy resets a stream whose TCP upstream ends first; by then we have all of it, and a clean end."""
 
     async def greet(stream: trio.SocketStream) -> None:
         async with stream:
-            await stream.send_all(b"bye")
-            await stream.send_eof()
-            async for part in stream:
-                arrived.extend(part)
-        done.set()
+            await stream.send_all(b"bye" * 10_000)
 
     async with _terminating(tmp_path, greet) as (ports, authority, pool):
         stream = await pool.connect(authority, via=("127.0.0.1", ports.hbone), peer=str(ENVOY))
-        assert b"".join([part async for part in stream]) == b"bye"
-        await stream.send_all(b"after your end")
-        await stream.send_eof()
-        with trio.fail_after(10):
-            await done.wait()
-        assert arrived == b"after your end"
+        assert b"".join([part async for part in stream]) == b"bye" * 10_000
         await stream.aclose()
 
 
@@ -165,29 +160,20 @@ async def test_a_draining_envoy_gets_no_new_stream_and_finishes_the_old(tmp_path
             await stream.aclose()
 
 
-async def test_envoy_originates_tunnels_to_our_server(tmp_path: Path) -> None:
-    _material(tmp_path)
+@contextlib.asynccontextmanager
+async def _originating(
+    directory: Path, handler: Callable[[hbone.trio.HboneStream], Awaitable[None]]
+) -> AsyncIterator[EnvoyPorts]:
+    """A server of ours, and an Envoy that tunnels plain connections to it."""
+    _material(directory)
     ports = EnvoyPorts()
     port = free_port()
-    seen: list[tuple[str, str]] = []
-
-    async def handler(stream: hbone.trio.HboneStream) -> None:
-        seen.append((str(stream.peer), str(stream.request.authority)))
-        async with stream:
-            async for data in stream:
-                await stream.send_all(data)
-            await stream.send_eof()
-
     bootstrap = config(
-        tmp_path,
-        ports,
-        application=("127.0.0.1", 1),
-        tunnel_to=("127.0.0.1", port),
-        authority="10.0.0.9:8080",
+        directory, ports, application=("127.0.0.1", 1), tunnel_to=("127.0.0.1", port), authority="10.0.0.9:8080"
     )
     async with trio.open_nursery() as nursery:
 
-        async def serve(*, task_status: trio.TaskStatus[object]) -> None:
+        async def serve(*, task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
             await hbone.trio.serve(
                 handler,
                 _source("server"),
@@ -198,23 +184,59 @@ async def test_envoy_originates_tunnels_to_our_server(tmp_path: Path) -> None:
             )
 
         await nursery.start(serve)
-        async with envoy(tmp_path, ports, bootstrap):
-            streams = [await trio.open_tcp_stream("127.0.0.1", ports.outbound) for _ in range(20)]
-            for number, stream in enumerate(streams):
-                await stream.send_all(b"%02d" % number)
-            assert [await _read(stream, 2) for stream in streams] == [b"%02d" % n for n in range(20)]
-            data = b"d" * (4 * MIB)
-            async with trio.open_nursery() as both:
-                both.start_soon(streams[0].send_all, data)
-                assert await _read(streams[0], len(data)) == data
-            await streams[0].send_eof()
-            assert await streams[0].receive_some() == b""
-            for stream in streams:
-                await stream.aclose()
+        async with envoy(directory, ports, bootstrap):
+            yield ports
         nursery.cancel_scope.cancel()
+
+
+async def test_envoy_originates_tunnels_to_our_server(tmp_path: Path) -> None:
+    seen: list[tuple[str, str]] = []
+
+    async def handler(stream: hbone.trio.HboneStream) -> None:
+        seen.append((str(stream.peer), str(stream.request.authority)))
+        async with stream:
+            async for data in stream:
+                await stream.send_all(data)
+            await stream.send_eof()
+
+    async with _originating(tmp_path, handler) as ports:
+        streams = [await trio.open_tcp_stream("127.0.0.1", ports.outbound) for _ in range(20)]
+        for number, stream in enumerate(streams):
+            await stream.send_all(b"%02d" % number)
+        assert [await _read(stream, 2) for stream in streams] == [b"%02d" % n for n in range(20)]
+        data = b"d" * (4 * MIB)
+        async with trio.open_nursery() as both:
+            both.start_soon(streams[0].send_all, data)
+            assert await _read(streams[0], len(data)) == data
+        await streams[0].send_eof()
+        assert await streams[0].receive_some() == b""
+        for stream in streams:
+            await stream.aclose()
     assert seen == [(str(ENVOY), "10.0.0.9:8080")] * 20
 
 
+async def test_our_server_may_end_its_direction_first_towards_envoy(tmp_path: Path) -> None:
+    arrived = bytearray()
+    done = trio.Event()
+
+    async def handler(stream: hbone.trio.HboneStream) -> None:
+        async with stream:
+            await stream.send_all(b"bye")
+            await stream.send_eof()
+            async for part in stream:
+                arrived.extend(part)
+        done.set()
+
+    async with _originating(tmp_path, handler) as ports:
+        async with await trio.open_tcp_stream("127.0.0.1", ports.outbound) as stream:
+            assert b"".join([part async for part in stream]) == b"bye"
+            await stream.send_all(b"after your end")
+            await stream.send_eof()
+            with trio.fail_after(10):
+                await done.wait()
+    assert arrived == b"after your end"
+
+
 def _established(port: int) -> int:
-    rows = [line.split() for line in open("/proc/net/tcp").read().splitlines()[1:]]  # noqa: SIM115 - read at once
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(row[3] == "01" and int(row[2].rpartition(":")[2], 16) == port for row in rows)

@@ -194,7 +194,9 @@ def config(
             },
         },
     )
+    runtime = {"envoy.reloadable_features.allow_multiplexed_upstream_half_close": True}
     return {
+        "layered_runtime": {"layers": [{"name": "half-close", "static_layer": runtime}]},
         "admin": {"address": _address("127.0.0.1", ports.admin)},
         "static_resources": {
             "listeners": [terminate, originate],

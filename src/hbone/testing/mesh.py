@@ -268,7 +268,7 @@ class Mesh:
         namespace, name, account = workload
         token = self.directory / f"{host}.token"
         state = ("--state", str(self.directory / "state"))
-        identity = ("--namespace", namespace, "--service-account", account, "--name", name)
+        identity = ("--namespace", namespace, "--service-account", account)
         self.cli("token", "create", *state, *identity, "--reusable", "--out", str(token))
         machine = self.hosts[host]
         settings = {
