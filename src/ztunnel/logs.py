@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hbone.connect import Baggage
-
     from hbone.daemon.logs import Logger
     from hbone.identity import SpiffeId
     from ztunnel.errors import DataplaneError

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     from hbone.connect import Baggage
-
     from hbone.identity import SpiffeId
     from ztunnel.mesh.service import Service
     from ztunnel.mesh.workload import Workload

@@ -11,19 +11,12 @@ from ztunnel.mesh.address import (
     is_loopback,
     parse_ip,
 )
+from ztunnel.mesh.decode import ADDRESS_TYPE, AUTHORIZATION_TYPE, decode_address, decode_policy
 from ztunnel.mesh.policy import Authorization
 from ztunnel.mesh.rbac import Connection, Decision, decide
 from ztunnel.mesh.service import Endpoint, Service
-from ztunnel.mesh.store import (
-    ADDRESS_TYPE,
-    AUTHORIZATION_TYPE,
-    Change,
-    Restored,
-    SnapshotError,
-    Store,
-    decode_address,
-    decode_policy,
-)
+from ztunnel.mesh.snapshot import Restored, SnapshotError
+from ztunnel.mesh.store import Change, Store
 from ztunnel.mesh.workload import Protocol, Workload
 
 __all__ = [

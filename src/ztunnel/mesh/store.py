@@ -7,18 +7,17 @@ name it. Every change costs as much as it changes, and is announced once to each
 from __future__ import annotations
 
 import bisect
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from google.protobuf.message import DecodeError
 
 from ztunnel.mesh.address import GatewayAddress, NamespacedHostname, RejectedResource
-from ztunnel.mesh.policy import Action, Authorization, PolicyScope
+from ztunnel.mesh.decode import placeholder
+from ztunnel.mesh.policy import Authorization, PolicyScope
 from ztunnel.mesh.rbac import PolicySet, compile_policy
 from ztunnel.mesh.service import Endpoint, Service
+from ztunnel.mesh.snapshot import Restored, pack, unpack
 from ztunnel.mesh.workload import Workload
-from ztunnel.wire import authorization_pb2, discovery_pb2, workload_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
@@ -26,29 +25,10 @@ if TYPE_CHECKING:
     from ztunnel.mesh.address import IpAddress
     from ztunnel.mesh.rbac import Connection
 
-__all__ = [
-    "ADDRESS_TYPE",
-    "AUTHORIZATION_TYPE",
-    "Change",
-    "Restored",
-    "SnapshotError",
-    "Store",
-    "decode_address",
-    "decode_policy",
-]
-
-ADDRESS_TYPE = "type.googleapis.com/istio.workload.Address"
-AUTHORIZATION_TYPE = "type.googleapis.com/istio.security.Authorization"
+__all__ = ["Change", "Store", "resolve_reference"]
 
 _MEMO_LIMIT = 4096
 """Entries of the memo of choices; above it is emptied, as an attacker could name many destinations."""
-_SLICE = 200
-"""Resources of a snapshot between two yields; about a millisecond."""
-_SNAPSHOT_MAGIC = b"ztunnel mesh snapshot 1\n"
-
-
-class SnapshotError(Exception):
-    """A snapshot on disk is cut, damaged or of another version."""
 
 
 @attrs.frozen(kw_only=True)
@@ -64,59 +44,6 @@ class Change:
 
     def __bool__(self) -> bool:
         return bool(self.workloads or self.services or self.policies)
-
-
-@attrs.frozen(kw_only=True)
-class Restored:
-    """What a snapshot held."""
-
-    address_versions: Mapping[str, str]
-    policy_versions: Mapping[str, str]
-    change: Change
-
-
-def decode_address(name: str, payload: bytes) -> Workload | Service:
-    """Read an istio.workload.Address, the resource of discovery called `name`.
-
-    Raises:
-        RejectedResource: it cannot be used.
-    """
-    try:
-        message = workload_pb2.Address.FromString(payload)
-    except DecodeError:
-        raise RejectedResource(name, "the payload is no istio.workload.Address", wire=payload) from None
-    try:
-        kind = message.WhichOneof("type")
-        if kind == "workload":
-            workload = Workload.from_wire(message.workload, payload)
-            return _named(name, workload.uid, workload, payload)
-        if kind == "service":
-            service = Service.from_wire(message.service, payload)
-            return _named(name, service.key, service, payload)
-    except RejectedResource as error:
-        raise RejectedResource(name, error.reason, addresses=error.addresses, wire=payload) from None
-    raise RejectedResource(name, "it is neither a workload nor a service", wire=payload)
-
-
-def _named(name: str, own: str, resource: Workload | Service, payload: bytes) -> Workload | Service:
-    if name != own:
-        raise RejectedResource(name, f"it calls itself {own!r}, and could not be removed by its name", wire=payload)
-    return resource
-
-
-def decode_policy(name: str, payload: bytes) -> Authorization:
-    """Read an istio.security.Authorization, the resource of discovery called `name`.
-
-    Raises:
-        RejectedResource: it cannot be enforced.
-    """
-    try:
-        message = authorization_pb2.Authorization.FromString(payload)
-    except DecodeError:
-        namespace = name.partition("/")[0]  # all that is known; denying there is the safe reading
-        reason = "the payload is no istio.security.Authorization"
-        raise RejectedResource(name, reason, namespace=namespace, wire=payload) from None
-    return Authorization.from_wire(message, name, payload)
 
 
 class Store:
@@ -228,7 +155,7 @@ class Store:
         for error in rejected:
             known = self.policies.get(error.name)
             if error.enforced and (known is None or known.unusable):
-                self._insert_policy(_placeholder(error))
+                self._insert_policy(placeholder(error))
                 changed.add(error.name)
         for name in removals:
             if name in self.policies:
@@ -514,22 +441,8 @@ class Store:
         """The same, with a `yield` after every few resources; changes made meanwhile are not in it."""
         addresses = [(name, wire) for name, wire in self._address_wires() if wire]
         policies = [(policy.key, policy.wire) for policy in self.policies.values() if policy.wire]
-        body: list[bytes] = []
-        for type_url, resources, versions in (
-            (ADDRESS_TYPE, addresses, dict(address_versions or {})),
-            (AUTHORIZATION_TYPE, policies, dict(policy_versions or {})),
-        ):
-            # Serialized messages may be joined: their repeated fields add up.
-            parts = [discovery_pb2.DeltaDiscoveryResponse(type_url=type_url).SerializeToString()]
-            for start in range(0, len(resources), _SLICE):
-                parts.append(_listing(type_url, resources[start : start + _SLICE], versions))
-                yield
-            body.append(sum(map(len, parts)).to_bytes(8, "big"))
-            body += parts
-        digest = hashlib.sha256()
-        for part in body:
-            digest.update(part)
-        return b"".join([_SNAPSHOT_MAGIC, digest.digest(), *body])
+        work = pack(addresses, policies, dict(address_versions or {}), dict(policy_versions or {}))
+        return (yield from work)
 
     def _address_wires(self) -> Iterator[tuple[str, bytes]]:
         for workload in self.workloads.values():
@@ -545,70 +458,12 @@ class Store:
         Raises:
             SnapshotError: it is damaged or of another version; the store is as it was.
         """
-        head, digest = len(_SNAPSHOT_MAGIC), 32
-        if data[:head] != _SNAPSHOT_MAGIC:
-            raise SnapshotError("the snapshot is of another version or no snapshot")
-        body = memoryview(data)[head + digest :]
-        if hashlib.sha256(body).digest() != data[head : head + digest]:
-            raise SnapshotError("the snapshot is damaged: its checksum does not match")
-        listings: list[discovery_pb2.DeltaDiscoveryResponse] = []
-        at = 0
-        while at < len(body):
-            size = int.from_bytes(body[at : at + 8], "big")
-            listings.append(discovery_pb2.DeltaDiscoveryResponse.FromString(bytes(body[at + 8 : at + 8 + size])))
-            at += 8 + size
-        by_type = {listing.type_url: listing.resources for listing in listings}
-        addresses, rejected, address_versions = _decode_all(by_type.get(ADDRESS_TYPE, ()), decode_address)
-        policies, refused, policy_versions = _decode_all(by_type.get(AUTHORIZATION_TYPE, ()), decode_policy)
-        by_policy = self.apply_policies(policies, (), refused)  # first, so that nobody is reachable without them
-        by_address = self.apply_addresses(addresses, (), rejected)
+        addresses, policies = unpack(data)
+        # Policies first, so that nobody is reachable without them.
+        by_policy = self.apply_policies(policies.resources, (), policies.rejected)
+        by_address = self.apply_addresses(addresses.resources, (), addresses.rejected)
         change = Change(workloads=by_address.workloads, services=by_address.services, policies=by_policy.policies)
-        return Restored(address_versions=address_versions, policy_versions=policy_versions, change=change)
-
-
-def _decode_all(
-    resources: Iterable[discovery_pb2.Resource], decode: Callable[[str, bytes], Any]
-) -> tuple[list[Any], list[RejectedResource], dict[str, str]]:
-    good: list[Any] = []
-    bad: list[RejectedResource] = []
-    versions: dict[str, str] = {}
-    for resource in resources:
-        try:
-            good.append(decode(resource.name, resource.resource.value))
-        except RejectedResource as error:
-            bad.append(error)
-        # One without a version is named too, or discovery could not be told that it is held.
-        versions[resource.name] = resource.version
-    return good, bad, versions
-
-
-def _listing(type_url: str, resources: Iterable[tuple[str, bytes]], versions: Mapping[str, str]) -> bytes:
-    listing = discovery_pb2.DeltaDiscoveryResponse()
-    for name, wire in resources:
-        resource = listing.resources.add(name=name, version=versions.get(name, ""))
-        resource.resource.type_url = type_url
-        resource.resource.value = wire
-    return bytes(listing.SerializeToString())
-
-
-def _placeholder(error: RejectedResource) -> Authorization:
-    """A policy that stands for one that could not be read."""
-    own_namespace, _, name = error.name.rpartition("/")
-    if error.namespace is None:
-        scope, namespace = PolicyScope.WORKLOAD_SELECTOR, own_namespace
-    elif error.namespace == "":
-        scope, namespace = PolicyScope.GLOBAL, own_namespace
-    else:
-        scope, namespace = PolicyScope.NAMESPACE, error.namespace
-    return Authorization(
-        name=name,
-        namespace=namespace,
-        scope=scope,
-        action=Action.DENY,
-        key=error.name,
-        unusable=error.reason,
-        wire=error.wire,
-    )
+        return Restored(address_versions=addresses.versions, policy_versions=policies.versions, change=change)
 
 
 def _discard(index: dict[Any, dict[str, Any]], key: Any, name: str) -> None:
