@@ -278,7 +278,8 @@ def _forwarded(field: bytes | None) -> tuple[str | None, str | None]:
     for part in field.decode("ascii").split(";"):
         key, equals, value = part.strip().partition("=")
         if equals and key in ("for", "host") and key not in found:
-            found[key] = value.removeprefix('"').removesuffix('"')
+            quoted = len(value) > 1 and value[0] == value[-1] == '"'
+            found[key] = value[1:-1] if quoted else value
     return _clean(found.get("for")), _clean(found.get("host"))
 
 
@@ -383,12 +384,12 @@ class ConnectRequest:
             forwarded.append(f"host={self.forwarded_host}")
         if forwarded:
             headers.append((b"forwarded", ";".join(forwarded).encode("ascii")))
-        if self.traceparent is not None:
-            traceparent = self.traceparent.encode("ascii", "replace")
+        if self.traceparent is not None and self.traceparent.isascii():
+            traceparent = self.traceparent.encode("ascii")
             if _TRACEPARENT.fullmatch(traceparent):
                 headers.append((b"traceparent", traceparent))
-        if self.network is not None:
-            network = self.network.encode("ascii", "replace")
+        if self.network is not None and self.network.isascii():
+            network = self.network.encode("ascii")
             if _VISIBLE.fullmatch(network) and network == network.strip():
                 headers.append((b"x-forwarded-network", network))
         return tuple(headers)
