@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Self
@@ -502,8 +503,10 @@ def _authority(stream: trio.abc.Stream, tls: TlsContext) -> str:
 
 def _dial_reason(error: OSError) -> str:
     """The words of a failed dial; Trio puts the reasons of several addresses in a group."""
-    causes = getattr(error.__cause__, "exceptions", None) or [error.__cause__ or error]
-    words = {str(cause.strerror or cause) if isinstance(cause, OSError) else str(cause) for cause in causes}
+    words = set()
+    for cause in getattr(error.__cause__, "exceptions", None) or [error]:
+        number = getattr(cause, "errno", None) or 0
+        words.add(os.strerror(number) if number > 0 else str(getattr(cause, "strerror", None) or cause))
     return "; ".join(sorted(words)).lower()
 
 
