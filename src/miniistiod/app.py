@@ -157,9 +157,8 @@ class MiniIstiod:
             tls.context()  # what is wrong with a name or the root is told now, not at the first connection
             server = GrpcServer(self.api.handlers)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(
-                    watch.watch, config.config_dir, self.mesh.fingerprint, self.mesh.reload, config.debounce
-                )
+                look = watch.looking_at(config.config_dir)
+                nursery.start_soon(watch.watch, look, self.mesh.fingerprint, self.mesh.reload, config.debounce)
                 nursery.start_soon(self._housekeeping)
                 app = pages.monitoring_app(self.mesh, self._metrics, self._refresh_metrics)
                 await nursery.start(_serve_pages, app, monitoring)

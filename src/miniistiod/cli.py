@@ -23,7 +23,7 @@ from miniistiod import admin_client, issue_tokens, lint, watch
 from miniistiod.config import Config, parse_address
 from miniistiod.registry import Inputs, Registry
 from miniistiod.resources import Severity, load
-from miniistiod.store import ADMIN_SOCKET, ROOT_FILE, Store
+from miniistiod.store import ADMIN_SOCKET, DATABASE, ROOT_FILE, Store
 
 if TYPE_CHECKING:
     import argparse
@@ -137,7 +137,8 @@ def _run(arguments: argparse.Namespace) -> int:
         default_lifetime=_lifetime(arguments.default_ttl),
         max_lifetime=_lifetime(arguments.max_ttl),
     )
-    watch.scan(config.config_dir)  # a wrong path is told at once, and no root is made for it
+    if not (config.state_dir / DATABASE).exists():
+        watch.scan(config.config_dir)  # a wrong path is told at once, and no root is made for it
     logs.configure(arguments.log_format or ("console" if sys.stdout.isatty() else "plain"), arguments.log_level)
     try:
         trio.run(_serve, config)

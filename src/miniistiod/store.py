@@ -19,8 +19,8 @@ import attrs
 from cryptography import x509
 
 from hbone.daemon.files import require_private_directory, write_private
-from hbone.errors import ConfigurationError
-from hbone.identity import SpiffeId
+from hbone.errors import ConfigurationError, IdentityError
+from hbone.identity import TrustDomain
 from miniistiod import ca, tokens
 from miniistiod.registry import HboneMark
 
@@ -132,7 +132,10 @@ class Store:
         Raises:
             ConfigurationError: there is one already, or the directory or the trust domain cannot be used.
         """
-        SpiffeId(trust_domain, "")  # raises for what is no trust domain
+        try:
+            TrustDomain(trust_domain)
+        except IdentityError as error:
+            raise ConfigurationError(str(error)) from None
         directory = require_private_directory(directory)
         path = directory / DATABASE
         if path.exists():

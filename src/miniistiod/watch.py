@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
-__all__ = ["Debounce", "DirectoryError", "Fingerprint", "read", "scan", "watch"]
+__all__ = ["Debounce", "DirectoryError", "Fingerprint", "looking_at", "read", "scan", "watch"]
 
 SUFFIXES = (".yaml", ".yml")
 MAX_FILES = 10_000
@@ -110,25 +110,28 @@ def _unreadable(path: Path, error: OSError) -> DirectoryError:
 
 
 async def watch(
-    directory: Path, known: Fingerprint | None, changed: Callable[[], Awaitable[None]], timing: Debounce
+    look: Callable[[], Awaitable[Fingerprint | None]],
+    known: Fingerprint | None,
+    changed: Callable[[], Awaitable[None]],
+    timing: Debounce,
 ) -> None:
     """Call `changed` after each change, until cancelled.
 
     Args:
-        directory: where the documents are.
-        known: what was there when they were last read.
-        changed: reads them; also called when the directory is gone or empty, and when it is back.
+        look: what there is now, or None; `looking_at` makes one.
+        known: what there was when it was last read.
+        changed: reads it; also called when the directory is gone or empty, and when it is back.
         timing: when a change counts.
     """
     while True:
         await trio.sleep(timing.poll)
-        seen = await _scan_quietly(directory)
+        seen = await look()
         if seen == known:
             continue
         end = trio.current_time() + timing.limit
         while trio.current_time() < end:
             await trio.sleep(timing.quiet)
-            later = await _scan_quietly(directory)
+            later = await look()
             if later == seen:
                 break
             seen = later
@@ -136,8 +139,16 @@ async def watch(
         await changed()
 
 
-async def _scan_quietly(directory: Path) -> Fingerprint | None:
-    try:
-        return await trio.to_thread.run_sync(scan, directory)
-    except DirectoryError:
-        return None
+def looking_at(directory: Path) -> Callable[[], Awaitable[Fingerprint | None]]:
+    """A look at a directory, in a thread: a slow disk stalls nobody. None stands for one that cannot be used."""
+
+    def quietly() -> Fingerprint | None:
+        try:
+            return scan(directory)
+        except DirectoryError:
+            return None
+
+    async def look() -> Fingerprint | None:
+        return await trio.to_thread.run_sync(quietly)
+
+    return look

@@ -110,23 +110,24 @@ def _document(value: Value, path: str, position: int, findings: Findings, root_n
         findings.error(value.line, f"the document is {kind_of(value)} instead of a mapping", "begin it with apiVersion")
         return None
     reader = Reader(value, "", findings)
+    version_line, kind_line = (value.items.get(key, (value.line,))[0] for key in ("apiVersion", "kind"))
     version, kind = reader.text("apiVersion"), reader.text("kind")
     if kind is None:
         reader.require("kind", "say what it is, for example kind: ServiceEntry")
         return None
     if kind in _NOT_YET:
         findings.error(
-            value.line,
+            kind_line,
             f"a {kind} is not handled yet, so it would have no effect",
             f"remove the document (handled: {', '.join(sorted(_VERSIONS))})",
         )
         return None
     if kind not in _VERSIONS:
-        findings.error(value.line, f"the kind {kind!r} is not known", f"use one of {', '.join(sorted(_VERSIONS))}")
+        findings.error(kind_line, f"the kind {kind!r} is not known", f"use one of {', '.join(sorted(_VERSIONS))}")
         return None
     if version not in _VERSIONS[kind]:
         shown = "missing" if version is None else repr(version)
-        findings.error(value.line, f"the apiVersion of a {kind} is {shown}", f"write {_VERSIONS[kind][0]}")
+        findings.error(version_line, f"the apiVersion of a {kind} is {shown}", f"write {_VERSIONS[kind][0]}")
         return None
     meta = common.metadata(reader, kind, path, position, namespaced=kind != "Namespace")
     if meta is None:
