@@ -223,6 +223,10 @@ def _without_roots(chain: Iterable[x509.Certificate]) -> tuple[x509.Certificate,
     return certificates[:1] + tuple(c for c in certificates[1:] if not _self_signed(c))
 
 
+def _as_given(chain: Iterable[x509.Certificate]) -> tuple[x509.Certificate, ...]:
+    return tuple(chain)
+
+
 def _key_pem(key: PrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -241,7 +245,7 @@ class ServerCertificate:
         IdentityError: key and certificate don't belong together, or the chain is out of order.
     """
 
-    chain: tuple[x509.Certificate, ...] = attrs.field(converter=tuple)
+    chain: tuple[x509.Certificate, ...] = attrs.field(converter=_as_given)
     """Leaf first. A root at its end is sent too: a host that enrols knows its hash only, and finds it there."""
     key: PrivateKey = attrs.field(repr=False)
 
