@@ -71,7 +71,8 @@ class ResponseFlag(enum.StrEnum):
 def address_text(address: tuple[IPv4Address | IPv6Address, int]) -> str:
     """`a.b.c.d:port` or `[v6]:port`, as authorities and logs write it."""
     ip, port = address
-    return f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}"
+    text = str(ip)  # formatting an address in an f-string costs three times as much
+    return f"[{text}]:{port}" if ip.version == 6 else f"{text}:{port}"
 
 
 class DataplaneError(Exception):

@@ -196,8 +196,8 @@ def route(
     def reach(address: IpAddress) -> Tunnel | Plain:
         """Workload and port are chosen; only the address was missing."""
         if workload.protocol is Protocol.HBONE:
-            authority = f"{address}:{target_port}" if address.version == 4 else f"[{address}]:{target_port}"
-            return Tunnel((address, hbone_port), authority, _expected(workload, service), workload, service)
+            hop = (address, hbone_port)
+            return Tunnel(hop, address_text((address, target_port)), _expected(workload, service), workload, service)
         return Plain((address, target_port), workload, service)
 
     own = _own_address(workload, service, ip, ip)
