@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hypercorn.trio.tcp_server import TCPServer
     from hypercorn.typing import AppWrapper
 
-__all__ = ["App", "HttpLimits", "Receive", "Scope", "Send", "serve_asgi", "unix_listener"]
+__all__ = ["App", "HttpLimits", "Message", "Receive", "Scope", "Send", "serve_asgi", "serve_stream", "unix_listener"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -82,6 +82,29 @@ async def serve_asgi(
         task_status: is given the listeners once connections are accepted.
     """
     await _Server(app, limits or HttpLimits(), hosts).run(listeners, task_status)
+
+
+async def serve_stream(
+    app: App,
+    stream: trio.abc.HalfCloseableStream,
+    *,
+    limits: HttpLimits | None = None,
+    hosts: Collection[str] | None = None,
+) -> None:
+    """Serve one connection that the caller accepted, on any stream, until it ends; closes the stream.
+
+    Args:
+        app: as `serve_asgi`'s. `client` and `server` of its scope are None.
+        stream: nothing was read from it yet.
+        limits: what the peer may cost.
+        hosts: as `serve_asgi`'s.
+    """
+    limits = limits or HttpLimits()
+    bounded = _BoundedStream(stream, _NoSocket(), limits.write_seconds)
+    try:
+        await _serve_connection(_GuardedApp(app, limits, hosts), bounded, limits)
+    finally:
+        await trio.aclose_forcefully(stream)
 
 
 def unix_listener(path: str | os.PathLike[str], *, mode: int = 0o600, backlog: int = 64) -> trio.SocketListener:
@@ -166,40 +189,64 @@ class _Server:
             if len(self._open) >= self._limits.connections:
                 accepted.socket.close()
                 continue
-            stream = _BoundedStream(accepted, self._limits.write_seconds)
+            stream = _BoundedStream(accepted, accepted.socket, self._limits.write_seconds)
             self._open.add(stream)
             nursery.start_soon(self._serve, stream)
 
     async def _serve(self, stream: _BoundedStream) -> None:
         try:
-            if await self._is_http1(stream):
-                await _connection(self._app, stream, self._limits)
-        except Exception as error:
-            _log.debug("connection failed", error=repr(error))
-        except BaseExceptionGroup as group:
-            _, others = group.split(Exception)  # ours is cancelled while it also failed
-            if others is not None:
-                raise others from None
+            await _serve_connection(self._app, stream, self._limits)
         finally:
             self._open.discard(stream)
             stream.socket.close()
 
-    async def _is_http1(self, stream: _BoundedStream) -> bool:
-        """Wait for the first bytes; False when they can only begin HTTP/2 or are no request at all."""
-        with trio.move_on_after(self._limits.idle_seconds):
-            first = await stream.peek(4)
-            return bool(first) and not first.startswith(b"PRI ")
-        return False
+
+async def _serve_connection(app: _GuardedApp, stream: _BoundedStream, limits: HttpLimits) -> None:
+    """One connection, under the catch that keeps its faults from the others."""
+    try:
+        if await _is_http1(stream, limits):
+            await _connection(app, stream, limits)
+    except Exception as error:
+        _log.debug("connection failed", error=repr(error))
+    except BaseExceptionGroup as group:
+        _, others = group.split(Exception)  # ours is cancelled while it also failed
+        if others is not None:
+            raise others from None
+
+
+async def _is_http1(stream: _BoundedStream, limits: HttpLimits) -> bool:
+    """Wait for the first bytes; False when they can only begin HTTP/2 or are no request at all."""
+    with trio.move_on_after(limits.idle_seconds):
+        first = await stream.peek(4)
+        return bool(first) and not first.startswith(b"PRI ")
+    return False
+
+
+class _NoSocket:
+    """What Hypercorn asks of a socket, for a stream that has none: no address."""
+
+    family = socket.AF_UNSPEC
+
+    def getpeername(self) -> None:
+        return None
+
+    def getsockname(self) -> None:
+        return None
+
+    def close(self) -> None:
+        """The stream is closed by who made it."""
 
 
 class _BoundedStream(trio.abc.HalfCloseableStream):
-    """A socket stream whose sends have a deadline, and whose first bytes can be looked at."""
+    """A stream whose sends have a deadline, and whose first bytes can be looked at."""
 
-    def __init__(self, stream: trio.SocketStream, write_seconds: float) -> None:
+    def __init__(
+        self, stream: trio.abc.HalfCloseableStream, socket: trio.socket.SocketType | _NoSocket, write_seconds: float
+    ) -> None:
         self._stream = stream
         self._write_seconds = write_seconds
         self._early = b""
-        self.socket = stream.socket
+        self.socket = socket
 
     async def peek(self, nbytes: int) -> bytes:
         while len(self._early) < nbytes:
@@ -222,6 +269,7 @@ class _BoundedStream(trio.abc.HalfCloseableStream):
                 await self._stream.send_all(data)
         except trio.TooSlowError:
             self.socket.close()
+            await trio.aclose_forcefully(self._stream)
             raise trio.BrokenResourceError("the peer did not read its response in time") from None
 
     async def wait_send_all_might_not_block(self) -> None:

@@ -1,0 +1,263 @@
+"""Tunnels under asyncio, on the loopback interface."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import pytest
+from tests.support.tunnels import ca, who
+
+import hbone
+import hbone.asyncio
+from hbone.errors import (
+    ConnectionLost,
+    ConnectRejected,
+    ErrorCode,
+    PeerIdentityError,
+    StreamResetError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+ORDERS = "spiffe://cluster.local/ns/shop/sa/orders"
+
+
+def under_asyncio(test: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
+    """pytest-trio takes every async test for its own."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return asyncio.run(asyncio.wait_for(test(*args, **kwargs), 30))
+
+    del run.__wrapped__
+    return run
+
+
+def source_of(name: str) -> hbone.StaticSource:
+    identity = who(name)
+    return hbone.StaticSource(identity.svid, identity.bundles)
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    handler: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]] = echo, **options: Any
+) -> AsyncIterator[tuple[int, asyncio.Task[None]]]:
+    started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    options.setdefault("authorize", hbone.same_trust_domain)
+    server = asyncio.create_task(
+        hbone.asyncio.serve(
+            handler,
+            source_of("orders"),
+            0,
+            host="127.0.0.1",
+            started=lambda addresses: started.set_result(addresses[0][1]),
+            **options,
+        )
+    )
+    try:
+        yield await started, server
+    finally:
+        server.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await server
+
+
+@under_asyncio
+async def test_reader_and_writer_are_asyncios_own() -> None:
+    async with serving() as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        assert writer.get_extra_info("peer") == ca().id("shop", "orders")
+        writer.write(b"hello\n")
+        await writer.drain()
+        assert await reader.readline() == b"hello\n"
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+
+
+@under_asyncio
+async def test_a_hundred_streams_share_one_tunnel() -> None:
+    async with serving() as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+
+        async def one(number: int) -> bytes:
+            reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+            writer.write(b"%d" % number)
+            writer.write_eof()
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+        answers = await asyncio.gather(*(one(number) for number in range(100)))
+        assert answers == [b"%d" % number for number in range(100)]
+        assert pool.statistics().tunnels == 1
+
+
+@under_asyncio
+async def test_megabytes_with_back_pressure() -> None:
+    async with serving() as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+
+        async def send() -> None:
+            for _ in range(100):
+                writer.write(bytes(100_000))
+                await writer.drain()
+                assert writer.transport.get_write_buffer_size() <= 64 * 1024
+            writer.write_eof()
+
+        sending = asyncio.create_task(send())
+        received = 0
+        while data := await reader.read(65536):
+            received += len(data)
+        await sending
+        writer.close()
+        assert received == 10_000_000
+
+
+@under_asyncio
+async def test_a_reader_that_sleeps_stalls_alone() -> None:
+    async with serving() as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        _, sleeper = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        sleeper.write(bytes(5_000_000))  # the echo of it is never read
+        reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        for _ in range(50):
+            writer.write(bytes(50_000))
+            assert len(await reader.readexactly(50_000)) == 50_000
+        sleeper.transport.abort()
+
+
+@under_asyncio
+async def test_a_reset_is_a_connection_reset_error() -> None:
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.transport.abort()
+
+    async with serving(reset) as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        writer.write(b"x")
+        with pytest.raises(ConnectionResetError) as caught:
+            await reader.read()
+        assert isinstance(caught.value.__cause__, StreamResetError)
+        assert caught.value.__cause__.code is ErrorCode.CONNECT_ERROR
+
+
+@under_asyncio
+async def test_close_sends_everything_first() -> None:
+    received = bytearray()
+    done = asyncio.Event()
+
+    async def collect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.extend(await reader.read())
+        done.set()
+
+    async with serving(collect) as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        _, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        writer.write(b"x" * 1_000_000)
+        writer.close()
+        await writer.wait_closed()
+        await done.wait()
+    assert len(received) == 1_000_000
+
+
+@under_asyncio
+async def test_a_handler_decides_before_it_accepts() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        transport = writer.transport
+        assert isinstance(transport, hbone.asyncio.HboneTransport)
+        assert str(writer.get_extra_info("request").authority) == "10.0.0.7:8080"
+        transport.reject(401)
+
+    async with serving(refuse, accept=False) as (port, _):
+        async with hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+            with pytest.raises(ConnectRejected) as caught:
+                await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+            assert caught.value.status == 401
+
+
+@under_asyncio
+async def test_a_handlers_fault_is_its_streams_alone() -> None:
+    async def fail(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.read(1) == b"f":
+            raise ValueError("a fault of the handler's")
+        await echo(reader, writer)
+
+    async with serving(fail) as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        good, good_writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        bad, bad_writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        bad_writer.write(b"f")
+        with pytest.raises(ConnectionResetError):
+            await bad.read()
+        good_writer.write(b"-still here")
+        assert await good.readexactly(10) == b"still here"
+
+
+@under_asyncio
+async def test_another_peer_is_refused_and_nobody_there_is_said() -> None:
+    async with serving() as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        with pytest.raises(PeerIdentityError, match="orders"):
+            await pool.connect(
+                "10.0.0.7:8080", via=("127.0.0.1", port), peer="spiffe://cluster.local/ns/shop/sa/payments"
+            )
+        with pytest.raises(ConnectionLost, match=r"127\.0\.0\.1:1"):
+            await pool.connect("10.0.0.7:8080", via=("127.0.0.1", 1), peer=ORDERS)
+
+
+@under_asyncio
+async def test_a_silent_peer_is_given_up() -> None:
+    async with hbone.asyncio.ConnectionPool(source_of("web"), dial_timeout=0.05) as pool:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            with pytest.raises(ConnectionLost, match=r"within 0\.05 s"):
+                await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+
+
+@under_asyncio
+async def test_a_draining_server_finishes_its_streams() -> None:
+    async with serving() as (port, server), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        server.cancel()
+        await asyncio.sleep(0)
+        writer.write(b"still served")
+        assert await reader.readexactly(12) == b"still served"
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await server
+        assert pool.statistics().tunnels == 0
+
+
+@under_asyncio
+async def test_a_refused_stream_is_tried_on_another_tunnel() -> None:
+    tries = 0
+
+    async def refuse_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            assert isinstance(writer.transport, hbone.asyncio.HboneTransport)
+            writer.transport.reset(ErrorCode.REFUSED_STREAM)
+        else:
+            assert isinstance(writer.transport, hbone.asyncio.HboneTransport)
+            writer.transport.accept()
+            await echo(reader, writer)
+
+    async with serving(refuse_once, accept=False) as (port, _):
+        async with hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+            reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+    assert tries == 2
