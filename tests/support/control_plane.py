@@ -36,13 +36,13 @@ def utc(seconds: float) -> datetime.datetime:
 class Authority:
     """A CA for any lifetime by the mock clock, down to seconds and backdated as asked."""
 
-    def __init__(self, *, name: str = "root", backdate: float = 0.0) -> None:
+    def __init__(self, *, name: str = "root", backdate: float = 0.0, at: float = START) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.backdate = backdate
         subject = x509.Name([x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, name)])
         usage = _usage(key_cert_sign=True, crl_sign=True)
         self.root = (
-            _builder(subject, subject, self.key.public_key(), START - 3600, START + 10 * 365 * 86400)
+            _builder(subject, subject, self.key.public_key(), at - 3600, at + 10 * 365 * 86400)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(usage, critical=True)
             .sign(self.key, hashes.SHA256())
@@ -150,7 +150,8 @@ class ScriptedStream:
 class ScriptedControlPlane:
     """Dials end here. Set `dial_error` or `hangs`, `on_unary` for the CA, and take streams with `next_stream`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = wall) -> None:
+        self._clock = clock
         self.dial_error: Exception | None = None
         self.hangs = False
         self.dials = 0
@@ -197,7 +198,7 @@ class ScriptedControlPlane:
             key = csr.public_key()
             assert isinstance(key, ec.EllipticCurvePublicKey)
             seconds = request.validity_duration if lifetime is None else lifetime
-            leaf = authority.leaf(key, uris, lifetime=seconds, at=wall())
+            leaf = authority.leaf(key, uris, lifetime=seconds, at=self._clock())
             return ca_pb2.IstioCertificateResponse(cert_chain=[leaf, authority.root_pem]).SerializeToString()
 
         self.on_unary = sign

@@ -1,0 +1,416 @@
+"""The mesh inside a program: connect and listen with an identity, without a proxy process, root, or captured traffic.
+
+Routes and policies are decided by the same functions as in the daemon; the bytes go through `hbone.trio`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
+import trio
+
+from hbone.connect import Authority, AuthorityError, ConnectRequest, response_headers
+from hbone.daemon.logs import get_logger
+from hbone.engine.flow import WindowBudget
+from hbone.errors import (
+    ConfigurationError,
+    ConnectionLost,
+    ConnectRejected,
+    ErrorCode,
+    HboneError,
+    IdentityError,
+    StreamResetError,
+    TlsError,
+)
+from hbone.identity import same_trust_domain
+from hbone.trio import ConnectionPool, serve_listeners
+from hbone.trio.client import open_quiet_nursery
+from ztunnel.app import Mesh
+from ztunnel.config import Config
+from ztunnel.control.cache import StateDir
+from ztunnel.control.svids import NoCertificate
+from ztunnel.dataplane.local import LocalWorkload
+from ztunnel.dataplane.outbound import baggage_of, resolve
+from ztunnel.errors import (
+    ConnectFailed,
+    DataplaneError,
+    IdentityUnavailable,
+    PolicyChanged,
+    TlsFailed,
+    TunnelRejected,
+    address_text,
+)
+from ztunnel.mesh import Connection, decide, parse_ip
+from ztunnel.mesh.inbound import inbound
+from ztunnel.mesh.route import Refused, Resolve, Tunnel, route
+from ztunnel.metrics import Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from types import TracebackType
+
+    from hbone.identity import Identity
+    from hbone.trio import HboneStream
+    from ztunnel.control.ca import CertificateAuthority
+    from ztunnel.control.transport import Dial
+    from ztunnel.mesh import Address, Change, Workload
+
+    Handler = Callable[[HboneStream], Awaitable[object]]
+
+__all__ = ["Ztunnel"]
+
+CONNECT_TIMEOUT = 20.0
+"""Seconds from `connect` to the answer: picture of the mesh, certificate, dial and the far side's own dial."""
+
+log = get_logger("ztunnel.embed")
+
+
+class _Certificate:
+    """The certificate for `hbone.trio`, which asks a source that raises where there is none."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._svids = mesh.svids
+        self.subscribe = mesh.svids.subscribe
+
+    def current(self) -> Identity:
+        identity = self._svids.current()
+        if identity is None:
+            raise NoCertificate("there is no valid certificate for this workload now")
+        return identity
+
+
+@attrs.define(eq=False)
+class _Live:
+    """A stream that policies allowed."""
+
+    stream: HboneStream
+    facts: Connection
+    cut: bool = False
+    """Closed because a change of policy withdrew the permission."""
+
+
+class Ztunnel:
+    """This program as a workload of the mesh.
+
+    ```python
+    async with ztunnel.Ztunnel() as mesh:            # settings from the environment, as the daemon's
+        stream = await mesh.connect("orders.shop.internal", 8080)
+        await mesh.listen(9000, handler)
+    ```
+
+    Nothing listens before `listen` is called. Leaving the block closes every stream.
+
+    Args:
+        config: settings; from the environment when None.
+        xds: another way to discovery, for tests.
+        authority: another CA, for tests.
+
+    Raises:
+        ConfigurationError: a setting cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        xds: Dial | None = None,
+        authority: CertificateAuthority | None = None,
+    ) -> None:
+        self.config = config if config is not None else Config.from_env(os.environ)
+        self.config.served  # noqa: B018 - a missing workload is named at once
+        self._xds = xds
+        self._authority = authority
+        self._rng = random.Random()  # draws among endpoints, no secret
+        self._stack = contextlib.AsyncExitStack()
+        self._handlers: dict[int, Handler] = {}
+        self._live: dict[_Live, None] = {}
+        self._address: Address | None = None
+        self._budget = WindowBudget(self.config.window_budget)
+        self._ready = trio.Event()
+        self._mesh: Mesh | None = None
+
+    # life
+
+    async def __aenter__(self) -> Self:
+        if self._mesh is not None:
+            raise ConfigurationError("a Ztunnel is entered once; make another")
+        async with contextlib.AsyncExitStack() as stack:
+            state = None
+            if self.config.state_dir is not None:
+                state = StateDir.open(self.config.state_dir)
+                stack.callback(state.release)
+            self._mesh = mesh = Mesh(
+                self.config,
+                Metrics(self.config.istio_version),
+                state,
+                xds=self._xds,
+                authority=self._authority,
+            )
+            self._local = LocalWorkload(mesh.store, self.config.served, self.config.node_name)
+            stack.callback(self._local.close)
+            stack.callback(mesh.store.subscribe(self._recheck))
+            mesh.restore()
+            self._nursery = await stack.enter_async_context(_nursery())
+            self._nursery.start_soon(mesh.run)
+            self._nursery.start_soon(self._wait_ready)
+            self._source = _Certificate(mesh)
+            self._pool = await stack.enter_async_context(
+                ConnectionPool(
+                    self._source,
+                    config=self.config.connection,
+                    budget=self._budget,
+                    max_streams=self.config.pool_max_streams,
+                    idle_timeout=self.config.pool_idle,
+                )
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    async def _wait_ready(self) -> None:
+        await self._known().first_picture()
+        self._ready.set()
+
+    def _known(self) -> Mesh:
+        if self._mesh is None:
+            raise ConfigurationError("a Ztunnel is used inside its 'async with' block")
+        return self._mesh
+
+    async def ready(self) -> None:
+        """Wait for a picture of the mesh. Bring a deadline."""
+        self._known()
+        await self._ready.wait()
+
+    def status(self) -> dict[str, Any]:
+        """Identity, control plane and mesh, as `ztunnel status --json` has them."""
+        return self._known().status()
+
+    # out
+
+    async def connect(self, host: str, port: int) -> trio.abc.HalfCloseableStream:
+        """Connect to a service or workload of the mesh through a tunnel, and to anything else by plain TCP.
+
+        Args:
+            host: an address, a service's host name, or a name that this host resolves.
+            port: of the service.
+
+        Returns:
+            An `HboneStream`, whose `peer` is who answered, or a `trio.SocketStream` outside the mesh. What is known
+            to take tunnels is never reached in plaintext.
+
+        Raises:
+            DataplaneError: why there is no connection; each kind is a class in `ztunnel.errors`.
+            ConfigurationError: `host` and `port` are no destination.
+        """
+        mesh = self._known()
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT):
+                await self._ready.wait()
+                return await self._connect(mesh, host, port)
+        except trio.TooSlowError:
+            raise ConnectFailed(f"{host}:{port} did not answer within {CONNECT_TIMEOUT:g} s") from None
+
+    async def _connect(self, mesh: Mesh, host: str, port: int) -> trio.abc.HalfCloseableStream:
+        source = await self._local.wait()
+        destination = await self._destination(mesh, source, host, port)
+        found = route(mesh.store, source, destination, network=self.config.network, rng=self._rng)
+        if isinstance(found, Resolve):
+            found = found.then(await resolve(found.hostname, found.hint))
+        if isinstance(found, Refused):
+            raise found.error
+        if isinstance(found, Tunnel):
+            return await self._tunnel(mesh, source, found)
+        ip, plain_port = found.address
+        try:
+            return await trio.open_tcp_stream(str(ip), plain_port)
+        except OSError as error:
+            raise ConnectFailed(f"{address_text(found.address)}: {_reason(error)}") from error
+
+    async def _destination(self, mesh: Mesh, source: Workload, host: str, port: int) -> Address:
+        bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        try:
+            authority = Authority.parse(f"{bracketed}:{port}")
+        except AuthorityError as error:
+            raise ConfigurationError(f"{host!r} and port {port} are no destination: {error}") from None
+        if authority.ip is not None:
+            return authority.ip, port
+        service = mesh.store.service_by_host(authority.host, source.namespace)
+        if service is not None:
+            for vip in service.vips:
+                if vip.network == self.config.network:
+                    return vip.ip, port
+        hint = source.addresses[0] if source.addresses else parse_ip("0.0.0.0")
+        return await resolve(authority.host, hint), port
+
+    async def _tunnel(self, mesh: Mesh, source: Workload, found: Tunnel) -> HboneStream:
+        ip, port = found.next_hop
+        request = ConnectRequest(
+            authority=Authority.parse(found.authority),
+            baggage=baggage_of(source),
+            forwarded_host=found.service.hostname if found.service is not None else None,
+        )
+        try:
+            await mesh.svids.fetch()
+            return await self._pool.connect(request, via=(str(ip), port), peer=found.expected)
+        except ConnectRejected as error:
+            raise TunnelRejected(error.status) from error
+        except IdentityError as error:
+            raise IdentityUnavailable(str(error)) from error
+        except TlsError as error:
+            raise TlsFailed(str(error)) from error
+        except (ConnectionLost, StreamResetError, HboneError) as error:
+            raise ConnectFailed(str(error)) from error
+
+    # in
+
+    async def listen(self, port: int, handler: Handler) -> None:
+        """Have `handler` called for each stream to `port` of this workload that the policies allow.
+
+        The first call begins to listen for tunnels, on 15008 or `ZTUNNEL_HBONE_PORT`. A stream whose permission is
+        withdrawn while it lives is reset. The handler's stream is closed when it returns.
+
+        Args:
+            port: that peers connect to; it need not be free, as no socket is bound to it.
+            handler: gets the stream; `stream.peer` is who connects.
+
+        Raises:
+            ConfigurationError: the port is taken by another `listen`, or the tunnel port cannot be listened on.
+        """
+        self._known()
+        if not 1 <= port <= 65_535:
+            raise ConfigurationError(f"port is {port}; it must be from 1 to 65535")
+        if port in self._handlers:
+            raise ConfigurationError(f"port {port} has a handler already")
+        if self._address is None:
+            listener = await self._open_listener()
+            self._address = _address(listener.socket.getsockname())
+            await self._nursery.start(self._serve, [listener])
+        else:
+            await trio.lowlevel.checkpoint()
+        self._handlers[port] = handler
+
+    @property
+    def tunnel_address(self) -> Address | None:
+        """Where peers bring their tunnels; None before `listen`."""
+        return self._address
+
+    async def _open_listener(self) -> trio.SocketListener:
+        host = self.config.listen_host
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            await sock.bind((host, self.config.hbone_port))
+            sock.listen(1024)
+        except OSError as error:
+            sock.close()
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigurationError(
+                f"cannot listen on {host} port {self.config.hbone_port} for tunnels: {reason}"
+            ) from None
+        except BaseException:
+            sock.close()
+            raise
+        return trio.SocketListener(sock)
+
+    async def _serve(
+        self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await serve_listeners(
+            self._take,
+            self._source,
+            listeners,
+            authorize=same_trust_domain,
+            config=self.config.connection,
+            budget=self._budget,
+            drain_timeout=self.config.drain_deadline,
+            task_status=task_status,
+        )
+
+    async def _take(self, stream: HboneStream) -> None:
+        """One CONNECT: validate, ask the policies, hand over."""
+        mesh = self._known()
+        peer, local = _ends(stream)
+        try:
+            workload = await self._local.wait()
+            target = inbound(
+                mesh.store, workload, local[0], stream.request, frozenset({local[1]}), network=self.config.network
+            )
+            if isinstance(target, DataplaneError):
+                raise target
+            facts = Connection(peer[0], stream.peer, target.address)
+            live = _Live(stream, facts)
+            self._live[live] = None  # before the decision, so that no change slips in between
+            try:
+                decision = decide(mesh.store, workload, facts)
+                if not decision.allowed:
+                    raise decision.error()
+                handler = self._handlers.get(target.address[1])
+                if handler is None:
+                    raise ConnectFailed(f"nobody listens on port {target.address[1]}")
+                stream.accept(response_headers(baggage_of(workload)) if self.config.response_baggage else ())
+                await handler(stream)
+            except trio.ClosedResourceError:
+                if not live.cut:
+                    raise
+            finally:
+                self._live.pop(live, None)
+        except DataplaneError as error:
+            log.warning(
+                "connection refused",
+                **{"src.addr": address_text(peer), "src.identity": str(stream.peer)},
+                error=str(error),
+            )
+            if not stream.opened and not stream.closed:
+                stream.reject(error.status)
+
+    def _recheck(self, change: Change) -> None:
+        if not (change.policies or change.workloads) or self._mesh is None:
+            return
+        workload = self._local.current
+        for live in list(self._live):
+            if workload is None or decide(self._mesh.store, workload, live.facts).allowed:
+                continue
+            log.warning("connection closed", **{"src.identity": str(live.stream.peer)}, error=str(PolicyChanged()))
+            self._live.pop(live, None)
+            live.cut = True
+            if live.stream.opened:
+                live.stream.reset(ErrorCode.CONNECT_ERROR)  # CANCEL would look like an orderly end to the peer
+            elif not live.stream.closed:
+                live.stream.reject(PolicyChanged.status)
+
+
+@contextlib.asynccontextmanager
+async def _nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery of background tasks, which end when the block is left; the block's own error leaves as it is."""
+    async with open_quiet_nursery() as nursery:
+        try:
+            yield nursery
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+def _ends(stream: HboneStream) -> tuple[Address, Address]:
+    transport = stream.session.transport  # type: ignore[attr-defined]  # a Connection of ours, over TCP
+    return _address(transport.socket.getpeername()), _address(transport.socket.getsockname())
+
+
+def _address(name: Any) -> Address:
+    return parse_ip(name[0]), name[1]
+
+
+def _reason(error: OSError) -> str:
+    group = error.__cause__
+    first = group.exceptions[0] if isinstance(group, BaseExceptionGroup) else error
+    return (getattr(first, "strerror", None) or str(first)).lower()
