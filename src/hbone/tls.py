@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_READS_WITHOUT_DATA", "IoBuffer", "TlsConnection", "TlsContext"]
 
 MAX_READS_WITHOUT_DATA = 50
-"""Records in a row that carry no data (KeyUpdate, tickets, empty ones) before the connection is cut."""
+"""Records in a row that carry no data (KeyUpdate, tickets, empty ones) at which the connection is cut."""
 
 _RECORD_HEADER = 5
 _MAX_WRITE = 1 << 30
@@ -266,7 +266,7 @@ class TlsConnection:
             error = _ssl_get_error(self._ssl, nbytes)
             if error != _WANT_READ:
                 return self._read_end(error == _ZERO_RETURN, "" if error == _ZERO_RETURN else drain_error_queue())
-            if check.idle > MAX_READS_WITHOUT_DATA:
+            if check.idle >= MAX_READS_WITHOUT_DATA:
                 self._flooded()
             if not _bio_pending(self._into, _NULL):
                 return 0
@@ -398,6 +398,10 @@ class PortableTlsConnection(TlsConnection):
         data = self._ciphertext
         if len(data) < _RECORD_HEADER:
             return False
+        if not 20 <= data[0] <= 23 or data[1] != 3:  # no TLS at all: OpenSSL says so
+            self._connection.bio_write(bytes(data))
+            data.clear()
+            return True
         length = _RECORD_HEADER + int.from_bytes(data[3:5], "big")
         if len(data) < length and length <= _RECORD_HEADER + (1 << 14) + 256:
             return False
@@ -410,11 +414,11 @@ class PortableTlsConnection(TlsConnection):
             try:
                 nbytes = self._connection.recv_into(buffer.view[offset : offset + limit], limit)
             except SSL.WantReadError:
+                if self._check.idle >= MAX_READS_WITHOUT_DATA:
+                    self._flooded()
                 if not self._feed():
                     return 0
                 self._check.idle += 1
-                if self._check.idle > MAX_READS_WITHOUT_DATA + 1:
-                    self._flooded()
                 continue
             except SSL.ZeroReturnError:
                 return self._read_end(closed=True, reason="")
