@@ -291,7 +291,8 @@ class TlsConnection:
         self.shutdown()
         self._fail(
             TlsError(
-                f"the peer sent more than {MAX_READS_WITHOUT_DATA} TLS records in a row without data, and was cut off"
+                f"the peer was cut off for TLS records without data: the limit is {MAX_READS_WITHOUT_DATA} in a row,"
+                " and a KeyUpdate that we must answer counts twice"
             )
         )
 
