@@ -108,7 +108,8 @@ async def _many(running: Mesh, count: int, *, at_once: int) -> int:
         while left:
             left -= 1
             with trio.fail_after(60):
-                answered += await echo(running) == b"hello"
+                back = await echo(running)
+            answered += back == b"hello"
 
     async with trio.open_nursery() as nursery:
         for _ in range(at_once):
