@@ -152,7 +152,8 @@ class MiniIstiod:
             admin = unix_listener(config.state_dir / ADMIN_SOCKET)
             stack.callback(_remove_socket, config, admin)
             self.addresses, self.monitoring_addresses = _bound(grpc), _bound(monitoring)
-            names = names_of_host(config.names, (host for host, _ in self.addresses))
+            bound = [host for host, _ in self.addresses]
+            names = await trio.to_thread.run_sync(names_of_host, config.names, bound)  # asks the resolver
             tls = ServerTls(self.store, names)
             tls.context()  # what is wrong with a name or the root is told now, not at the first connection
             server = GrpcServer(self.api.handlers)

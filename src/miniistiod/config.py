@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import re
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,14 @@ def parse_address(text: str, default_port: int) -> Address:
 
 def _names(_: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
     for name in value:
-        if not _NAME.fullmatch(name) and not re.fullmatch(r"[0-9A-Fa-f:.]+", name):
-            raise ConfigurationError(f"{attribute.name} has {name!r}, which is neither a host name nor an address")
+        if _NAME.fullmatch(name):
+            continue
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            raise ConfigurationError(
+                f"{attribute.name} has {name!r}, which is neither a host name nor an address"
+            ) from None
 
 
 def _lifetimes(_: object, attribute: attrs.Attribute[Any], value: datetime.timedelta) -> None:

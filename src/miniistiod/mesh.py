@@ -16,7 +16,7 @@ from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
 from miniistiod import lint, vips, watch
 from miniistiod.registry import HboneMark, Inputs, Registry, build, vip_needs
-from miniistiod.resources import ResourceSet, WorkloadEntry, load
+from miniistiod.resources import Loader, ResourceSet, WorkloadEntry
 from miniistiod.snapshot import EMPTY, Snapshot, difference
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Mesh:
         self._workloads: Mapping[tuple[str, str], WorkloadEntry] = {}
         self._marks = store.marks()
         self._lock = trio.Lock()
+        self._loader = Loader()
         self._listeners: dict[object, Callable[[], None]] = {}
         self._present: dict[object, tuple[Node, Caller]] = {}
         self.snapshot: Snapshot = EMPTY
@@ -80,7 +81,7 @@ class Mesh:
         """Bring the last good set of the state in force."""
         files = await trio.to_thread.run_sync(self._store.documents)
         if files:
-            resources = await trio.to_thread.run_sync(load, files)
+            resources = await trio.to_thread.run_sync(self._loader.load, files)
             if not resources.errors:
                 await self._adopt(resources, files, keep=False)
 
@@ -91,7 +92,7 @@ class Mesh:
                 directory = self._config.config_dir
                 fingerprint = await trio.to_thread.run_sync(watch.scan, directory)
                 files = await trio.to_thread.run_sync(watch.read, directory)
-                resources = await trio.to_thread.run_sync(load, files)
+                resources = await trio.to_thread.run_sync(self._loader.load, files)
                 self.fingerprint = fingerprint
                 self._check(resources)
             except ConfigurationError as error:
@@ -132,10 +133,7 @@ class Mesh:
         for node, caller in list(self._present.values()):
             await self._note_mark(node, caller)
         await self._rebuild()
-        warnings = tuple(
-            str(item)
-            for item in (*resources.findings, *lint.findings(self._registry(numbers), self._store.trust_domain))
-        )
+        warnings = await trio.to_thread.run_sync(self._warnings, numbers)
         problems = () if keep else self.status.problems
         self.status = Status(loaded=True, problems=problems, warnings=warnings, since=time.time())
         self._metrics.degraded.set(1 if problems else 0)
@@ -146,6 +144,10 @@ class Mesh:
             policies=len(self.snapshot.policies),
             warnings=len(warnings),
         )
+
+    def _warnings(self, numbers: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
+        between = lint.findings(self._registry(numbers), self._store.trust_domain)
+        return tuple(str(item) for item in (*self.resources.findings, *between))
 
     def _registry(self, numbers: Mapping[tuple[str, str], int]) -> Registry:
         return Registry(

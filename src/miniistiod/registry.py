@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import attrs
 
@@ -100,6 +100,28 @@ class ServiceModel:
 
 
 R = TypeVar("R", bound=Resource)
+T = TypeVar("T")
+
+
+class SelectorIndex(Generic[T]):
+    """Things by the labels that they select; a look-up costs what matches, not what exists."""
+
+    def __init__(self) -> None:
+        self._by_label: dict[tuple[str, str, str], list[tuple[Mapping[str, str], T]]] = {}
+
+    def add(self, namespace: str, selector: Mapping[str, str], thing: T) -> None:
+        """Enter a thing by one of its labels; the others are compared at look-up."""
+        key, value = min(selector.items())
+        self._by_label.setdefault((namespace, key, value), []).append((selector, thing))
+
+    def selecting(self, namespace: str, labels: Mapping[str, str]) -> list[T]:
+        """Things of a namespace whose selector is a part of `labels`."""
+        return [
+            thing
+            for key, value in labels.items()
+            for selector, thing in self._by_label.get((namespace, key, value), ())
+            if all(labels.get(name) == wanted for name, wanted in selector.items())
+        ]
 
 
 class Registry:
@@ -120,13 +142,11 @@ class Registry:
         self.losers: list[tuple[ServiceEntry, str, Metadata]] = []
         """ServiceEntries that lost a host to another document of the namespace: which, the host, to whom."""
         self.services = self._services(self.by_age(resources.of(KubernetesService)))
-        self._selectors: dict[str, list[tuple[dict[str, str], str]]] = {}
+        self._policies = SelectorIndex[str]()
         for policy in self.policies:
             if policy.selector:
                 meta = policy.meta
-                self._selectors.setdefault(meta.namespace, []).append(
-                    (policy.selector, f"{meta.namespace}/{meta.name}")
-                )
+                self._policies.add(meta.namespace, policy.selector, f"{meta.namespace}/{meta.name}")
 
     def by_age(self, items: Iterable[R]) -> list[R]:
         """Oldest first: by creationTimestamp, else by when it was first seen; ties by path and position."""
@@ -236,13 +256,13 @@ class Registry:
 
     def workload_entries(self, previous: Mapping[str, Entry]) -> Iterable[Entry]:
         """Workloads as resources: WorkloadEntries, then the endpoints of ServiceEntries."""
-        selecting: dict[str, list[ServiceModel]] = {}
+        services = SelectorIndex[ServiceModel]()
         for model in self.services.values():
             if model.source.selector:
-                selecting.setdefault(model.source.meta.namespace, []).append(model)
+                services.add(model.source.meta.namespace, model.source.selector, model)
         for item in self.workloads:
             labels = item.labels
-            chosen = [m for m in selecting.get(item.meta.namespace, ()) if _selects(m.source.selector, labels)]
+            chosen = services.selecting(item.meta.namespace, labels)
             message = self._workload(item.meta, labels, item.endpoint, workload_uid(self.inputs.cluster_id, item.meta))
             self._add_services(message, item.endpoint, chosen)
             self._add_tunnel(message, item.meta, self.inputs.marks.get((item.meta.namespace, item.meta.name)))
@@ -303,9 +323,7 @@ class Registry:
 
     def _policies_of(self, namespace: str, labels: Mapping[str, str]) -> list[str]:
         scopes = {namespace, self.root_namespace}
-        chosen = [
-            name for scope in scopes for selector, name in self._selectors.get(scope, ()) if _selects(selector, labels)
-        ]
+        chosen = [name for scope in scopes for name in self._policies.selecting(scope, labels)]
         return sorted(chosen) + self.peer_authentication.names_for(namespace, labels)
 
     def _add_services(self, message: pb.Workload, endpoint: Endpoint, models: Iterable[ServiceModel]) -> None:
@@ -391,10 +409,6 @@ def _wants_vip(item: ServiceEntry, host: str) -> bool:
         and item.meta.labels.get(_AUTOALLOCATE_LABEL) != "false"
         and not host.startswith("*")
     )
-
-
-def _selects(selector: Mapping[str, str] | None, labels: Mapping[str, str]) -> bool:
-    return bool(selector) and selector is not None and all(labels.get(key) == value for key, value in selector.items())
 
 
 def _target(port: ServicePort, endpoint: Endpoint, kubernetes: bool) -> int | None:

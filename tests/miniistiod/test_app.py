@@ -338,6 +338,16 @@ async def test_a_restart_with_bad_documents_serves_the_last_good_ones(tmp_path: 
         assert (status, body["status"]) == (200, "degraded")
 
 
+async def test_a_restart_without_documents_serves_the_last_good_ones(tmp_path: Path) -> None:
+    async with control_plane(tmp_path):
+        pass
+    (tmp_path / "mesh" / "mesh.yaml").unlink()
+    async with control_plane(tmp_path, None) as cp:
+        assert cp.status.loaded
+        assert "has no document" in cp.status.problems[0]
+        assert len(cp.mesh.snapshot.addresses) == 3
+
+
 async def test_nothing_is_served_before_the_first_good_documents(tmp_path: Path) -> None:
     async with control_plane(tmp_path, "kind: nonsense") as cp:
         assert (await page(cp, "/ready"))[0] == 503

@@ -5,7 +5,7 @@ error with the file, the line and what to do. Nothing here reads files; `miniist
 """
 
 from miniistiod.resources.findings import Finding, Severity
-from miniistiod.resources.load import ResourceSet, load
+from miniistiod.resources.load import Loader, ResourceSet, load
 from miniistiod.resources.model import (
     AuthorizationPolicy,
     KubernetesService,
@@ -20,6 +20,7 @@ __all__ = [
     "AuthorizationPolicy",
     "Finding",
     "KubernetesService",
+    "Loader",
     "MeshConfig",
     "Namespace",
     "PeerAuthentication",

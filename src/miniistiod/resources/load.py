@@ -11,12 +11,13 @@ from miniistiod.resources import networking, security
 from miniistiod.resources.findings import Finding, Findings, Severity
 from miniistiod.resources.model import MeshConfig, Resource
 from miniistiod.resources.reader import Reader
-from miniistiod.resources.tree import Mapping, Value, documents, kind_of
+from miniistiod.resources.tree import Mapping as Tree
+from miniistiod.resources.tree import Value, documents, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-__all__ = ["MESH_CONFIG", "ResourceSet", "load"]
+__all__ = ["MESH_CONFIG", "Loader", "ResourceSet", "load"]
 
 MESH_CONFIG = "meshconfig.yaml"
 MAX_DOCUMENTS = 100_000
@@ -59,45 +60,65 @@ class ResourceSet:
         return [resource for resource in self.resources if isinstance(resource, kind)]
 
 
-def load(files: dict[str, str]) -> ResourceSet:
+def load(files: Mapping[str, str]) -> ResourceSet:
     """Read every document of `files`, path to text.
 
     Returns:
         The set; not to be used while it has `errors`.
     """
-    findings: list[Finding] = []
-    mesh = MeshConfig()
-    configs = [path for path in sorted(files) if path.rpartition("/")[2] == MESH_CONFIG]
-    for path in configs:
-        collected = Findings(path)
-        mesh = _mesh_config(documents(files[path], collected), collected)
-        if path != configs[0]:
-            collected.error(0, f"a second {MESH_CONFIG}, besides {configs[0]}", "keep one of them")
-        findings.extend(collected.items)
-    resources: list[Resource] = []
-    seen: dict[tuple[str, str, str], Resource] = {}
-    for path, text in sorted(files.items()):
-        if path.rpartition("/")[2] == MESH_CONFIG:
-            continue
-        collected = Findings(path)
-        for position, value in enumerate(documents(text, collected)):
-            resource = _document(value, path, position, collected, mesh.root_namespace)
-            if resource is None:
-                continue
-            if (other := seen.get(resource.meta.key)) is not None:
+    return Loader().load(files)
+
+
+class Loader:
+    """Reads sets of documents one after the other; a file that did not change is not parsed again."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[str, str, list[Resource], list[Finding]]] = {}
+
+    def load(self, files: Mapping[str, str]) -> ResourceSet:
+        """As the function of this name."""
+        findings: list[Finding] = []
+        mesh = MeshConfig()
+        configs = [path for path in sorted(files) if path.rpartition("/")[2] == MESH_CONFIG]
+        for path in configs:
+            collected = Findings(path)
+            mesh = _mesh_config(documents(files[path], collected), collected)
+            if path != configs[0]:
+                collected.error(0, f"a second {MESH_CONFIG}, besides {configs[0]}", "keep one of them")
+            findings.extend(collected.items)
+        resources: list[Resource] = []
+        seen: dict[tuple[str, str, str], Resource] = {}
+        read: dict[str, tuple[str, str, list[Resource], list[Finding]]] = {}
+        for path in sorted(files.keys() - configs):
+            known = self._read.get(path)
+            if known is None or known[:2] != (files[path], mesh.root_namespace):
+                known = (files[path], mesh.root_namespace, *_file(path, files[path], mesh.root_namespace))
+            read[path] = known
+            collected = Findings(path)
+            for resource in known[2]:
+                other = seen.setdefault(resource.meta.key, resource)
+                if other is resource:
+                    resources.append(resource)
+                    continue
                 collected.error(
                     resource.meta.line,
                     f"{_title(resource)} is defined a second time, first at {other.meta.path}:{other.meta.line}",
                     "keep one of them",
                 )
-                continue
-            seen[resource.meta.key] = resource
-            resources.append(resource)
             if len(resources) > MAX_DOCUMENTS:
                 collected.error(0, f"more than {MAX_DOCUMENTS} documents", "split the mesh")
-                break
-        findings.extend(collected.items)
-    return ResourceSet(resources=tuple(resources), mesh=mesh, findings=tuple(findings))
+            findings += [*known[3], *collected.items]
+        self._read = read
+        return ResourceSet(resources=tuple(resources), mesh=mesh, findings=tuple(findings))
+
+
+def _file(path: str, text: str, root_namespace: str) -> tuple[list[Resource], list[Finding]]:
+    findings = Findings(path)
+    found = [
+        _document(value, path, position, findings, root_namespace)
+        for position, value in enumerate(documents(text, findings))
+    ]
+    return [resource for resource in found if resource is not None], findings.items
 
 
 def _title(resource: Resource) -> str:
@@ -106,7 +127,7 @@ def _title(resource: Resource) -> str:
 
 
 def _document(value: Value, path: str, position: int, findings: Findings, root_namespace: str) -> Resource | None:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Tree):
         findings.error(value.line, f"the document is {kind_of(value)} instead of a mapping", "begin it with apiVersion")
         return None
     reader = Reader(value, "", findings)

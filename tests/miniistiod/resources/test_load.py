@@ -6,6 +6,7 @@ import pytest
 
 from miniistiod.resources import (
     AuthorizationPolicy,
+    Loader,
     Namespace,
     ResourceSet,
     ServiceEntry,
@@ -215,3 +216,15 @@ def test_an_empty_policy_is_taken_and_allows_nobody() -> None:
 
 def test_a_namespace_needs_no_spec() -> None:
     assert read("apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n").of(Namespace)
+
+
+def test_a_file_that_did_not_change_is_not_parsed_again() -> None:
+    loader = Loader()
+    files = {"a.yaml": HEAD["WE"] + "  address: 10.0.0.1\n", "b.yaml": HEAD["SE"] + HOSTS}
+    first = loader.load(files)
+    second = loader.load({**files, "b.yaml": HEAD["SE"] + HOSTS.replace("a.mesh", "b.mesh")})
+    assert second.resources[0] is first.resources[0]
+    assert second.of(ServiceEntry)[0].hosts == ("b.mesh",)
+    assert second.findings == first.findings
+    assert loader.load({**files, "c.yaml": files["a.yaml"]}).errors
+    assert loader.load(files) == load(files)
