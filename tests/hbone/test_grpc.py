@@ -17,7 +17,7 @@ from hbone.engine import frames
 from hbone.engine.flow import WindowBudget
 from hbone.engine.frames import FrameType
 from hbone.errors import ConnectionLost, ErrorCode, LocalProtocolError, RemoteProtocolError
-from hbone.grpc import Call, GrpcConfig, GrpcConnection, GrpcError, GrpcUnavailable, StatusCode
+from hbone.grpc import Call, ClientConnection, GrpcConfig, GrpcError, GrpcUnavailable, ServerConnection, StatusCode
 from hbone.grpc.guard import FrameGuard
 from hbone.grpc.metadata import decode_metadata, decode_timeout, encode_metadata, encode_timeout
 from hbone.grpc.status import decode_message, encode_message
@@ -47,8 +47,8 @@ class Pair:
         chunk: int = 1 << 20,
     ) -> None:
         self.now = 1000.0
-        self.client = GrpcConnection(client=True, config=client, peer="istiod:15012")
-        self.server = GrpcConnection(client=False, config=server, budget=budget)
+        self.client = ClientConnection(config=client, peer="istiod:15012")
+        self.server = ServerConnection(config=server, budget=budget)
         self.received: list[Call] = []
         self.chunk = chunk
         self.client.start(self.now)
@@ -420,7 +420,7 @@ class StockPeer:
 
     def __init__(self, config: GrpcConfig | None = None, *, began: bool = True) -> None:
         self.now = 1000.0
-        self.server = GrpcConnection(client=False, config=config)
+        self.server = ServerConnection(config=config)
         self.server.start(self.now)
         self.calls: list[Call] = []
         self.h2 = H2Connection(H2Configuration(client_side=True, header_encoding=None))
@@ -569,8 +569,8 @@ def test_a_reset_becomes_a_status(reset: ErrorCode, code: StatusCode) -> None:
     assert caught.value.code is code
 
 
-def client_of_stock_server() -> tuple[GrpcConnection, H2Connection, Call]:
-    client = GrpcConnection(client=True)
+def client_of_stock_server() -> tuple[ClientConnection, H2Connection, Call]:
+    client = ClientConnection()
     client.start(1000)
     peer = H2Connection(H2Configuration(client_side=False, header_encoding=None))
     peer.initiate_connection()

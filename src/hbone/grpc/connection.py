@@ -1,4 +1,4 @@
-"""One gRPC connection, client or server, without I/O: plaintext in, calls and their messages out, and back.
+"""What both ends of a gRPC connection do, without I/O: plaintext in, calls and their messages out, and back.
 
 A call takes from the peer only what somebody waits for. Until then at most one stream window of it is kept; while a
 message is waited for, the window grows to the message, so a large one needs no round trip for every 64 KiB. The
@@ -9,52 +9,43 @@ Source: gRPC over HTTP2; RFC 9113.
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-import attrs
 from h2.errors import ErrorCodes
 from h2.events import (
-    ConnectionTerminated,
     DataReceived,
-    PingAckReceived,
     RemoteSettingsChanged,
-    RequestReceived,
-    ResponseReceived,
     SettingsAcknowledged,
     StreamEnded,
     StreamReset,
-    TrailersReceived,
     WindowUpdated,
 )
 from h2.exceptions import H2Error
 from h2.exceptions import ProtocolError as H2ProtocolError
 from h2.settings import SettingCodes
 
-from hbone.config import KIB, MIB, between
+from hbone.config import KIB, MIB
 from hbone.engine.flow import WindowBudget
-from hbone.engine.frames import DEFAULT_WINDOW, MAX_STREAM_ID
+from hbone.engine.frames import DEFAULT_WINDOW
 from hbone.engine.guard import MAX_REPLY_BYTES, Flood
 from hbone.errors import ConnectionLost, ErrorCode, LocalProtocolError, RemoteProtocolError
+from hbone.grpc.config import GrpcConfig
 from hbone.grpc.guard import FrameGuard
 from hbone.grpc.http2 import Http2
-from hbone.grpc.metadata import Metadata, decode_metadata, decode_timeout, encode_metadata, encode_timeout
-from hbone.grpc.status import (
-    GrpcError,
-    GrpcUnavailable,
-    StatusCode,
-    decode_message,
-    encode_message,
-    status_from_http,
-    status_from_reset,
-)
+from hbone.grpc.status import GrpcError, GrpcUnavailable, StatusCode, status_from_reset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-__all__ = ["Call", "GrpcConfig", "GrpcConnection"]
+    from hbone.grpc.call import Call
+
+__all__ = ["CONTENT_TYPE", "GrpcConnection"]
+
+CONTENT_TYPE: Final = b"application/grpc"
 
 _PREFIX: Final = struct.Struct(">BI")
 _TURN: Final = 128 * KIB
@@ -63,145 +54,27 @@ _QUANTUM: Final = 64 * KIB
 """Payload of one call before the next one's turn."""
 _BIG_MESSAGE: Final = 64 * KIB
 """From here on a message being received counts against the budget."""
-_LAST_STREAM: Final = 2**30
-"""A client opens no stream beyond; it is time for another connection."""
-_DRAIN_PING: Final = b"draining"
 _ALIVE_PING: Final = b"alive???"
-_CONTENT_TYPE: Final = b"application/grpc"
-_USER_AGENT: Final = b"grpc-python-hbone/0.1"
-_OPENING: Final = [(b":status", b"200"), (b"content-type", _CONTENT_TYPE)]
 
 
-@attrs.frozen(kw_only=True)
-class GrpcConfig:
-    """Limits and times of a gRPC connection. The defaults are those of Istio's control plane."""
-
-    max_message_size: int = attrs.field(default=4 * MIB, validator=between(1, 2**32 - 1))
-    """Largest message that is received where a call names no other limit, in bytes."""
-    max_concurrent_streams: int = attrs.field(default=100, validator=between(1, 2**31 - 1))
-    """Calls that a server lets one client have open."""
-    max_connection_window: int = attrs.field(default=16 * MIB, validator=between(65_535, 2**31 - 1))
-    """Receive window of the connection, in bytes."""
-    max_stream_window: int = attrs.field(default=4 * MIB, validator=between(65_535, 2**31 - 1))
-    """Receive window of a call while a large message is waited for, in bytes; else it is 65,535."""
-    max_header_list_size: int = attrs.field(default=16 * KIB, validator=between(1024, 2**20))
-    """Headers of a call, in bytes by RFC 9113 §10.5.1; also the limit of the encoded block."""
-    keepalive_interval: float = attrs.field(default=30.0, validator=between(0.0, 86_400.0))
-    """Seconds of silence until a PING; 0 sends none. A client sends them only while a call is open."""
-    keepalive_timeout: float = attrs.field(default=10.0, validator=between(0.1, 3600.0))
-    """Seconds until an unanswered PING ends the connection."""
-    preface_timeout: float = attrs.field(default=5.0, validator=between(0.1, 3600.0))
-    """Seconds from the handshake to the peer's first SETTINGS; also for an open header block."""
-    settings_timeout: float = attrs.field(default=10.0, validator=between(0.1, 3600.0))
-    """Seconds until our SETTINGS must be acknowledged."""
-    drain_grace: float = attrs.field(default=10.0, validator=between(0.0, 86_400.0))
-    """Seconds that open calls have once the connection drains; then they end with UNAVAILABLE."""
-    handshake_timeout: float = attrs.field(default=10.0, validator=between(0.1, 3600.0))
-    """Seconds for the TLS handshake."""
-    stall_timeout: float = attrs.field(default=300.0, validator=between(0.1, 86_400.0))
-    """Seconds for which a peer may take nothing of a message that we send."""
-    max_connection_age: float = attrs.field(default=1800.0, validator=between(0.1, 1e9))
-    """Seconds until a server drains a connection, give or take a tenth, so that clients spread again."""
-
-
-class Call:
-    """One call, as one end sees it. Read its state; its verbs are those of the connection."""
-
-    __slots__ = (
-        "_budgeted",
-        "_buffer",
-        "_closing",
-        "_connection",
-        "_outstanding",
-        "_queue",
-        "_ready",
-        "_status",
-        "_wanted",
-        "authority",
-        "closed",
-        "ended",
-        "failure",
-        "headers_sent",
-        "metadata",
-        "opened",
-        "path",
-        "stream_id",
-        "timeout",
-        "trailers",
-        "unsent",
-    )
-
-    def __init__(self, connection: GrpcConnection, stream_id: int, path: str) -> None:
-        self._connection = connection
-        self.stream_id = stream_id
-        self.path = path
-        """`/package.Service/Method`."""
-        self.authority = ""
-        self.metadata: tuple[tuple[str, str | bytes], ...] = ()
-        """The peer's: of the request at a server, of the response at a client."""
-        self.trailers: tuple[tuple[str, str | bytes], ...] = ()
-        """Client: metadata that came with the status."""
-        self.timeout: float | None = None
-        """Seconds that the client gave the call when it began."""
-        self.opened = False
-        """Client: response headers came."""
-        self.headers_sent = False
-        self.ended = False
-        """The peer sends no more messages; those that came may still be taken."""
-        self.closed = False
-        """Nothing more goes either way."""
-        self.failure: GrpcError | None = None
-        """Why the call did not end well; at a client, also the status when it is not OK."""
-        self.unsent = 0
-        """Bytes of messages that are still ours to hand to the transport."""
-        self._queue: collections.deque[memoryview] = collections.deque()
-        self._closing: list[tuple[bytes, bytes]] | None = None
-        self._ready = False
-        self._buffer = bytearray()
-        self._outstanding = DEFAULT_WINDOW
-        self._wanted: int | None = None
-        self._budgeted = 0
-        self._status: GrpcError | None = None
-
-    def __repr__(self) -> str:
-        return f"<Call {self.path} on stream {self.stream_id}>"
-
-    def receive(self, limit: int | None = None) -> bytes | None:
-        """The next message; None when there is none yet, or no more (`ended`).
-
-        Args:
-            limit: the largest that is accepted, in bytes; by default that of the configuration.
-
-        Raises:
-            GrpcError: the message is too large or compressed, the call was cut, or at a client it failed.
-        """
-        return self._connection.receive(self, limit)
-
-
-class GrpcConnection:
-    """All calls of one connection.
+class GrpcConnection(abc.ABC):
+    """All calls of one connection; `ClientConnection` or `ServerConnection`.
 
     Verbs only queue; take what is to be sent with `data_to_send` after each of them, after `receive_data`, and after
     `on_time`. Calls whose state changed are in `take_changed`.
 
     Args:
-        client: which end this is.
         config: limits and times.
-        authority: client: the server's name and port, as `:authority`.
         peer: the other end's name, for error messages.
-        budget: shared by all connections of a server: bytes of large messages that are being received.
+        budget: shared by connections: bytes of large messages that are being received.
     """
 
+    client: ClassVar[bool]
+
     def __init__(
-        self,
-        *,
-        client: bool,
-        config: GrpcConfig | None = None,
-        authority: str = "localhost",
-        peer: str = "the peer",
-        budget: WindowBudget | None = None,
+        self, *, config: GrpcConfig | None = None, peer: str = "the peer", budget: WindowBudget | None = None
     ) -> None:
-        self.client = client
+        client = self.client
         self.config = config or GrpcConfig()
         self.calls: dict[int, Call] = {}
         self.draining = False
@@ -209,7 +82,6 @@ class GrpcConnection:
         self.closed = False
         """Nothing more is received or begun; send what is left and close the transport."""
         self.peer_max_streams = 100
-        self._authority = authority
         self._peer = peer
         self._budget = budget or WindowBudget(256 * MIB)
         settings = {
@@ -231,26 +103,18 @@ class GrpcConnection:
         self._out = bytearray()
         self._replies = 0
         self._consumed = 0
-        self._refuse_above = MAX_STREAM_ID
         self._heard_at = 0.0
         self._pinged_at: float | None = None
         self._settings_due: float | None = None
         self._ack_due: float | None = None
         self._block_due: float | None = None
-        self._drain_ping_due: float | None = None
-        self._drain_due: float | None = None
         self._handlers: dict[type, Callable[[Any, float], None]] = {
-            RequestReceived: self._on_request,
-            ResponseReceived: self._on_response,
-            TrailersReceived: self._on_trailers,
             DataReceived: self._on_data,
             StreamEnded: self._on_end,
             StreamReset: self._on_reset,
             WindowUpdated: self._on_window,
             RemoteSettingsChanged: self._on_settings,
             SettingsAcknowledged: self._on_settings_ack,
-            PingAckReceived: self._on_ping_ack,
-            ConnectionTerminated: self._on_goaway,
         }
 
     # The connection
@@ -321,7 +185,7 @@ class GrpcConnection:
         """When `on_time` is wanted next."""
         if self.closed:
             return None
-        due = [self._settings_due, self._ack_due, self._block_due, self._drain_ping_due, self._drain_due]
+        due = [self._settings_due, self._ack_due, self._block_due]
         config = self.config
         if self._pinged_at is not None:
             due.append(self._pinged_at + config.keepalive_timeout)
@@ -347,14 +211,6 @@ class GrpcConnection:
                 late = RemoteProtocolError(what, ErrorCode.SETTINGS_TIMEOUT)
                 self._end(late, late.code)
                 raise late
-        if self._drain_ping_due is not None and now >= self._drain_ping_due:
-            self._drain_finally()
-        if self._drain_due is not None and now >= self._drain_due:
-            self._drain_due = None
-            for call in list(self.calls.values()):
-                self._cut(call)
-            self._close_if_drained()
-            return
         self._keep_alive(now)
 
     def _keep_alive(self, now: float) -> None:
@@ -372,27 +228,8 @@ class GrpcConnection:
             self._pinged_at = now
             self._http2.ping(_ALIVE_PING)
 
-    def drain(self, now: float) -> None:
-        """Server: no new calls, in two steps so that none in flight is lost; open ones have `drain_grace` seconds.
-
-        Source: RFC 9113 §6.8.
-        """
-        if self.draining or self.closed:
-            return
-        self.draining = True
-        self._drain_due = now + self.config.drain_grace
-        self._drain_ping_due = now + min(1.0, self.config.drain_grace)
-        self._http2.close_connection(last_stream_id=MAX_STREAM_ID)
-        self._http2.ping(_DRAIN_PING)
-
-    def _drain_finally(self) -> None:
-        self._drain_ping_due = None
-        self._refuse_above = self._http2.highest_inbound_stream_id
-        self._http2.close_connection(last_stream_id=self._refuse_above)
-        self._close_if_drained()
-
     def _close_if_drained(self) -> None:
-        if self.draining and self._drain_ping_due is None and not self.calls:
+        if self.draining and not self.calls:
             self.closed = True
 
     def close(self) -> None:
@@ -413,95 +250,12 @@ class GrpcConnection:
             debug = str(reason).encode()[:200] if code else None
             self._http2.close_connection(ErrorCodes(code), debug)
 
-    # Verbs of a client
-
-    def start_call(self, path: str, metadata: Metadata = (), *, timeout: float | None = None) -> Call:
-        """Begin a call.
-
-        Args:
-            path: `/package.Service/Method`.
-            metadata: sent with the request.
-            timeout: seconds that the server is told it has.
-
-        Raises:
-            GrpcUnavailable: this connection takes no more calls; another one may.
-            LocalProtocolError: unusable path or metadata; nothing was sent.
-        """
-        fields = encode_metadata(metadata)
-        if not path.startswith("/") or path.count("/") != 2 or not path.isascii() or not path.isprintable():
-            raise LocalProtocolError(f"{path!r} is not a method; write /package.Service/Method")
-        if self.closed or self.draining:
-            raise GrpcUnavailable(f"the connection to {self._peer} is closing", processed=False)
-        if len(self.calls) >= self.peer_max_streams:
-            raise GrpcUnavailable(
-                f"{len(self.calls)} calls are open, which is all that {self._peer} allows", processed=False
-            )
-        stream_id = self._http2.get_next_available_stream_id()
-        headers = [
-            (b":method", b"POST"),
-            (b":scheme", b"https"),
-            (b":path", path.encode()),
-            (b":authority", self._authority.encode()),
-            (b"content-type", _CONTENT_TYPE),
-            (b"te", b"trailers"),
-            (b"user-agent", _USER_AGENT),
-        ]
-        if timeout is not None:
-            headers.append((b"grpc-timeout", encode_timeout(timeout)))
-        self._http2.send_headers(stream_id, headers + fields)
-        call = Call(self, stream_id, path)
-        call.headers_sent = True
-        call.timeout = timeout
-        self.calls[stream_id] = call
-        self.draining = stream_id >= _LAST_STREAM
-        return call
-
-    def end(self, call: Call) -> None:
-        """Client: no more messages; the call goes on until the server's status."""
-        if call._closing is None and not call.closed:
-            call._closing = []
-            self._mark_ready(call)
-
     def cancel(self, call: Call, code: ErrorCode = ErrorCode.CANCEL) -> None:
         """Give up a call at either end. Without effect on one that is over."""
         if call.closed:
             return
         self._reset(call.stream_id, ErrorCodes(code))
         self._finish_call(call, GrpcError(StatusCode.CANCELLED, "the call was cancelled"))
-
-    # Verbs of a server
-
-    def send_headers(self, call: Call, metadata: Metadata = ()) -> None:
-        """Server: response headers, once; the first message sends them otherwise."""
-        if not call.headers_sent and not call.closed and call._closing is None:
-            fields = encode_metadata(metadata)
-            call.headers_sent = True
-            self._http2.send_headers(call.stream_id, [*_OPENING, *fields])
-
-    def finish(self, call: Call, code: StatusCode = StatusCode.OK, message: str = "", trailers: Metadata = ()) -> None:
-        """Server: the call's status, after the messages that were queued. Without effect on one that is over."""
-        if call.closed or call._closing is not None:
-            return
-        fields = encode_metadata(trailers)
-        closing = [(b"grpc-status", b"%d" % code)]
-        if message:
-            closing.append((b"grpc-message", encode_message(message)))
-        call._closing = closing + fields
-        call._wanted = None
-        self._mark_ready(call)
-
-    def _cut(self, call: Call) -> None:
-        """End a call whose time is over, whatever waits to be sent."""
-        call._queue.clear()
-        call.unsent = 0
-        call._closing = None
-        if self.client:
-            self.cancel(call)
-            return
-        # A ztunnel that reads these words calls again at once.
-        self.finish(call, StatusCode.UNAVAILABLE, "the connection has reached its age: transport is closing")
-        self._send_closing(call)
-        call.failure = GrpcUnavailable("the connection has drained")
 
     # Messages
 
@@ -518,8 +272,7 @@ class GrpcConnection:
             raise LocalProtocolError(f"{call.path}: a message after the end")
         if len(message) >= 2**32:
             raise LocalProtocolError(f"a message of {len(message)} bytes; the format ends at 2^32 - 1")
-        if not call.headers_sent:
-            self.send_headers(call)
+        self._before_message(call)
         prefix = _PREFIX.pack(0, len(message))
         if len(message) <= 16 * KIB:
             call._queue.append(memoryview(prefix + message))
@@ -640,21 +393,13 @@ class GrpcConnection:
             self._changed[call] = None
         return sent
 
+    @abc.abstractmethod
+    def _before_message(self, call: Call) -> None:
+        """What must be sent before a call's first message."""
+
+    @abc.abstractmethod
     def _send_closing(self, call: Call) -> None:
-        closing = call._closing
-        if self.client:
-            if closing == []:
-                call._closing = [(b"", b"")]
-                self._http2.end_stream(call.stream_id)
-            return
-        fields: Iterable[tuple[bytes, bytes]] = closing or []
-        if not call.headers_sent:
-            fields = [*_OPENING, *fields]
-            call.headers_sent = True
-        self._http2.send_headers(call.stream_id, fields, end_stream=True)
-        if not call.ended:  # it need not go on sending. Source: RFC 9113 §8.1
-            self._reset(call.stream_id, ErrorCodes.NO_ERROR)
-        self._finish_call(call, None)
+        """Say the end of our half; all messages have left."""
 
     def _finish_call(self, call: Call, failure: GrpcError | None) -> None:
         """Forget a call; what it received can still be taken unless it failed."""
@@ -674,83 +419,6 @@ class GrpcConnection:
 
     # Receiving
 
-    def _on_request(self, event: RequestReceived, now: float) -> None:
-        stream_id, fields = event.stream_id, event.headers or []
-        assert stream_id is not None
-        if stream_id > self._refuse_above or len(self.calls) >= self.config.max_concurrent_streams:
-            self._guard.floods.count(Flood.REFUSAL, now)
-            self._reset(stream_id, ErrorCodes.REFUSED_STREAM)
-            return
-        found = {bytes(name): bytes(value) for name, value in fields}
-        if found.get(b":method") != b"POST":
-            self._reject(stream_id, b"405")
-            return
-        content_type = found.get(b"content-type", b"")
-        if not content_type.startswith(_CONTENT_TYPE) or content_type[16:17] not in (b"", b"+", b";"):
-            self._reject(stream_id, b"415")
-            return
-        call = Call(self, stream_id, found.get(b":path", b"").decode("latin-1"))
-        call.authority = found.get(b":authority", found.get(b"host", b"")).decode("latin-1")
-        self.calls[stream_id] = call
-        try:
-            if found.get(b"grpc-encoding", b"identity") != b"identity":
-                raise GrpcError(StatusCode.UNIMPLEMENTED, "compressed messages are not supported")
-            if b"grpc-timeout" in found:
-                call.timeout = decode_timeout(found[b"grpc-timeout"])
-            call.metadata = decode_metadata(fields)
-        except GrpcError as error:
-            self.finish(call, error.code, error.message)
-            return
-        self._received.append(call)
-
-    def _reject(self, stream_id: int, status: bytes) -> None:
-        """Answer what is no gRPC request."""
-        with contextlib.suppress(H2Error):
-            self._http2.send_headers(stream_id, [(b":status", status)], end_stream=True)
-            self._http2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
-
-    def _on_response(self, event: ResponseReceived, _: float) -> None:
-        call = self.calls.get(event.stream_id or 0)
-        if call is None:
-            return
-        fields = event.headers or []
-        found = {bytes(name): bytes(value) for name, value in fields}
-        status = int(found.get(b":status", b"0"))
-        if b"grpc-status" in found:
-            self._note_status(call, fields)
-            return
-        if status != 200:
-            problem = GrpcError(status_from_http(status), f"the server answered with HTTP status {status}")
-        elif not found.get(b"content-type", b"").startswith(_CONTENT_TYPE):
-            problem = GrpcError(StatusCode.UNKNOWN, "the server's answer is not gRPC")
-        elif found.get(b"grpc-encoding", b"identity") != b"identity":
-            problem = GrpcError(StatusCode.INTERNAL, "the server compresses, which we did not allow")
-        else:
-            try:
-                call.metadata = decode_metadata(fields)
-                call.opened = True
-                self._changed[call] = None
-                return
-            except GrpcError as error:
-                problem = GrpcError(StatusCode.INTERNAL, f"the server's answer: {error.message}")
-        self._abandon(call, problem)
-
-    def _on_trailers(self, event: TrailersReceived, _: float) -> None:
-        call = self.calls.get(event.stream_id or 0)
-        if call is not None and self.client:
-            self._note_status(call, event.headers or [])
-
-    def _note_status(self, call: Call, fields: Iterable[tuple[bytes, bytes]]) -> None:
-        found = {bytes(name): bytes(value) for name, value in fields}
-        if b"grpc-status" not in found:
-            return
-        code = StatusCode.from_wire(found[b"grpc-status"])
-        try:
-            call.trailers = decode_metadata(fields)
-        except GrpcError:
-            call.trailers = ()  # the status matters more
-        call._status = GrpcError(code, decode_message(found.get(b"grpc-message", b"")), call.trailers)
-
     def _on_data(self, event: DataReceived, now: float) -> None:
         length = event.flow_controlled_length or 0
         self._consumed += length
@@ -763,7 +431,7 @@ class GrpcConnection:
             return
         call._outstanding -= length
         if call._closing is not None and not self.client:
-            return  # answered already
+            return  # answered already, so nobody reads it
         call._buffer += event.data or b""
         if event.stream_ended is None:
             self._credit(call)
@@ -776,27 +444,13 @@ class GrpcConnection:
 
     def _on_end(self, event: StreamEnded, _: float) -> None:
         call = self.calls.get(event.stream_id or 0)
-        if call is None:
-            return
-        call.ended = True
-        self._changed[call] = None
-        if not self.client:
-            return
-        status = call._status or GrpcError(StatusCode.UNKNOWN, "the server ended the call without a status")
-        if not call._closing:
-            self._reset(call.stream_id, ErrorCodes.CANCEL)  # we had more to say
-        elif call.unsent:
-            self._reset(call.stream_id, ErrorCodes.CANCEL)
-        call._status = status
-        self._finish_call(call, status if status.code != StatusCode.OK else None)
+        if call is not None:
+            call.ended = True
+            self._changed[call] = None
 
     def _reset(self, stream_id: int, code: ErrorCodes) -> None:
         with contextlib.suppress(H2Error):  # closed both ways already
             self._http2.reset_stream(stream_id, code)
-
-    def _abandon(self, call: Call, failure: GrpcError) -> None:
-        self._reset(call.stream_id, ErrorCodes.CANCEL)
-        self._finish_call(call, failure)
 
     def _on_reset(self, event: StreamReset, now: float) -> None:
         call = self.calls.get(event.stream_id or 0)
@@ -837,20 +491,3 @@ class GrpcConnection:
 
     def _on_settings_ack(self, _: SettingsAcknowledged, __: float) -> None:
         self._ack_due = None
-
-    def _on_ping_ack(self, event: PingAckReceived, _: float) -> None:
-        if event.ping_data == _DRAIN_PING and self._drain_ping_due is not None:
-            self._drain_finally()
-
-    def _on_goaway(self, event: ConnectionTerminated, _: float) -> None:
-        if not self.client:
-            return  # a client may say that it is leaving; its calls go on
-        self.draining = True
-        code = ErrorCode.from_wire(int(event.error_code or 0))
-        last = event.last_stream_id or 0
-        debug = (event.additional_data or b"").decode("ascii", "replace")
-        reason = f"{self._peer} is closing the connection (received prior goaway: {code.name}{debug and ', '}{debug})"
-        for call in list(self.calls.values()):
-            if call.stream_id > last:
-                self._finish_call(call, GrpcUnavailable(reason, processed=False))
-        self._close_if_drained()

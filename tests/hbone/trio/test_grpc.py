@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -583,12 +584,13 @@ async def test_garbage_instead_of_tls_costs_only_its_own_connection(data: bytes)
 
 async def test_handshakes_and_connections_of_one_address_are_limited() -> None:
     async with serving(admission=Admission(10, 3), max_connections_per_address=8) as site:
-        silent = [await trio.open_tcp_stream("127.0.0.1", site.port) for _ in range(5)]
-        while site.server.statistics.refused < 2:
-            await trio.sleep(0.01)
-        assert site.server.statistics.connections == 3
-        for stream in silent:
-            await stream.aclose()
+        async with AsyncExitStack() as stack:
+            for _ in range(5):
+                await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", site.port))
+            with trio.fail_after(5):
+                while site.server.statistics.refused < 2 or site.server.statistics.connections > 3:
+                    await trio.sleep(0.01)
+            assert (site.server.statistics.refused, site.server.statistics.connections) == (2, 3)
         await site.settled()
         async with trio.open_nursery() as nursery:
             for _ in range(8):
