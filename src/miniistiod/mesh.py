@@ -132,11 +132,12 @@ class Mesh:
         self._workloads = {(item.meta.namespace, item.meta.name): item for item in resources.of(WorkloadEntry)}
         for node, caller in list(self._present.values()):
             await self._note_mark(node, caller)
-        await self._rebuild()
+        snapshot = await trio.to_thread.run_sync(self._build)
         warnings = await trio.to_thread.run_sync(self._warnings, numbers)
         problems = () if keep else self.status.problems
         self.status = Status(loaded=True, problems=problems, warnings=warnings, since=time.time())
         self._metrics.degraded.set(1 if problems else 0)
+        self._publish(snapshot)
         _log.info(
             "documents in force",
             documents=len(resources.resources),
@@ -162,16 +163,21 @@ class Mesh:
             ),
         )
 
-    async def _rebuild(self) -> None:
-        def make() -> Snapshot:
-            return build(self._registry(self._store.vips()), self.snapshot)
+    def _build(self) -> Snapshot:
+        return build(self._registry(self._store.vips()), self.snapshot)
 
-        before, self.snapshot = self.snapshot, await trio.to_thread.run_sync(make)
-        if difference(before.addresses, self.snapshot.addresses) or difference(before.policies, self.snapshot.policies):
+    async def _rebuild(self) -> None:
+        self._publish(await trio.to_thread.run_sync(self._build))
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        before = self.snapshot
+        if before is EMPTY:
+            self.snapshot = snapshot
+        elif difference(before.addresses, snapshot.addresses) or difference(before.policies, snapshot.policies):
+            self.snapshot = snapshot  # else what clients have stays the base of the next difference
+        if self.snapshot is not before:
             for wake in list(self._listeners.values()):
                 wake()
-        elif before is not EMPTY:
-            self.snapshot = before  # nothing to send: what clients have stays the base
 
     # -- clients
 
