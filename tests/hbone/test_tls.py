@@ -222,7 +222,14 @@ def test_an_intermediate_is_no_trust_anchor() -> None:
     assert isinstance(at_server, PeerIdentityError)
 
 
-def test_the_root_is_not_sent() -> None:
+def test_a_root_that_signed_the_leaf_itself_is_not_sent() -> None:
+    server = ends()[1]
+    raw = RawClient(raw_context(CLIENT, alpn=[b"h2"]))
+    raw.join(server)
+    assert raw.connection.get_peer_cert_chain(as_cryptography=True) == [SERVER.svid.leaf]
+
+
+def test_a_root_at_the_end_of_a_chain_is_not_sent() -> None:
     issued = CA.intermediate().issue(uris=[str(SERVER.id)])
     with_root = type(issued)((*issued.chain, CA.root), issued.key)
     server = TlsConnection(TlsContext.server(Identity(with_root.svid(), CA.bundle)), server=True)
