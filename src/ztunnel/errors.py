@@ -6,6 +6,7 @@ The texts are the ones that operators and tools already match in ztunnel's acces
 from __future__ import annotations
 
 import enum
+import functools
 import http
 from typing import TYPE_CHECKING, ClassVar
 
@@ -73,6 +74,9 @@ def address_text(address: tuple[IPv4Address | IPv6Address, int]) -> str:
     ip, port = address
     text = str(ip)  # formatting an address in an f-string costs three times as much
     return f"[{text}]:{port}" if ip.version == 6 else f"{text}:{port}"
+
+
+_text = functools.lru_cache(maxsize=4096)(str)
 
 
 class DataplaneError(Exception):

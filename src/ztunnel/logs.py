@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
-from hbone.daemon.logs import Bare, current_level, get_logger
+from hbone.daemon.logs import Bare, debugging, get_logger
 from ztunnel.errors import address_text
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class AccessRecord:
         fields: dict[str, Any] = {"src.addr": Bare(address_text(self.source))}
         workload, baggage = self.source_workload, self.source_baggage
         if workload is not None:
-            _workload(fields, "src", workload, self.source_identity)
+            fields.update(_workload("src", workload, self.source_identity))
         elif baggage is not None:
             _add(fields, "src.workload", baggage.service_name or baggage.workload_name)
             _add(fields, "src.namespace", baggage.namespace)
@@ -104,7 +105,7 @@ class AccessRecord:
         if self.service is not None:
             fields["dst.service"] = self.service.hostname
         if self.destination_workload is not None:
-            _workload(fields, "dst", self.destination_workload, self.destination_identity)
+            fields.update(_workload("dst", self.destination_workload, self.destination_identity))
         elif self.destination_identity is not None:
             fields["dst.identity"] = str(self.destination_identity)
         fields["direction"] = self.direction
@@ -116,7 +117,9 @@ def _add(fields: dict[str, Any], name: str, value: str | None) -> None:
         fields[name] = value
 
 
-def _workload(fields: dict[str, Any], side: str, workload: Workload, identity: SpiffeId | None) -> None:
+@functools.lru_cache(maxsize=1024)
+def _workload(side: str, workload: Workload, identity: SpiffeId | None) -> dict[str, str]:
+    fields: dict[str, str] = {}
     name = workload.name or workload.canonical_name
     if name:
         fields[side + ".workload"] = name
@@ -126,6 +129,7 @@ def _workload(fields: dict[str, Any], side: str, workload: Workload, identity: S
         fields[side + ".identity"] = str(identity)
     if workload.cluster_id:
         fields[side + ".cluster"] = workload.cluster_id
+    return fields
 
 
 class AccessLog:
@@ -142,7 +146,7 @@ class AccessLog:
 
     def opened(self, record: AccessRecord) -> None:
         """A connection's record was made; a line at debug level only."""
-        if _debugging():
+        if debugging():
             self._log.debug("connection opened", **record.fields())
 
     def complete(
@@ -182,13 +186,9 @@ class AccessLog:
 
     def decision(self, decision: Decision) -> None:
         """How the policies decided, dry runs included."""
-        if self._policy_level == "debug" and not _debugging():
+        if self._policy_level == "debug" and not debugging():
             return
         for message, policy in decision.dry_run:
             self._policy.log(self._policy_level, message, **({"policy": policy} if policy else {}))
         fields = {"policy": decision.policy} if decision.policy else {}
         self._policy.log(self._policy_level, decision.message, **fields)
-
-
-def _debugging() -> bool:
-    return current_level() in {"trace", "debug"}

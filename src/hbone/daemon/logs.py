@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     _Renderer = Callable[[Any, str, MutableMapping[str, Any]], str]
 
-__all__ = ["Bare", "Logger", "configure", "current_level", "flush", "get_logger", "set_level", "shutdown"]
+__all__ = ["Bare", "Logger", "configure", "current_level", "debugging", "flush", "get_logger", "set_level", "shutdown"]
 
 Format = Literal["plain", "json", "console"]
 
@@ -43,8 +43,8 @@ LEVELS: Final[Mapping[str, int]] = {
 MAX_QUEUED_LINES: Final = 10_000
 MAX_BATCH_LINES: Final = 64
 MAX_VALUE: Final = 16 * 1024
-_GATHER_SECONDS: Final = 0.01
-"""How long the writer waits for more lines after the first: a busy process wakes it a hundred times a second."""
+_GATHER_SECONDS: Final = 0.05
+"""How long the writer waits for more lines after the first: a busy process wakes it twenty times a second."""
 
 _SECRET_NAMES: Final = frozenset(
     ["authorization", "token", "auth_token", "password", "secret", "private_key", "key_pem", "jwt", "cookie"]
@@ -60,6 +60,9 @@ _SECRETS: Final = (
     ("eyJ", re.compile(r"\beyJ[\w-]{5,}\.[\w-]+\.[\w-]*")),
 )
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+_json_text: Final = json.encoder.encode_basestring_ascii
 
 
 class Bare(str):
@@ -272,6 +275,11 @@ def current_level() -> str:
     return next(name for name, value in LEVELS.items() if value == _state.level)
 
 
+def debugging() -> bool:
+    """Whether lines at debug level are written; costs less than `current_level`."""
+    return _state.level <= 10
+
+
 def flush(timeout: float = 1.0) -> bool:
     """Wait until all lines are written, at most `timeout` seconds; False when some are not."""
     return _state.writer is None or _state.writer.flush(timeout)
@@ -369,8 +377,18 @@ def _render_json(logger: Any, method: str, fields: MutableMapping[str, Any]) -> 
     stamp = fields.pop("time")
     message = fields.pop("event")
     level = "warn" if method == "warning" else method
-    line = {"level": level, "time": stamp, "scope": logger.name, "message": message, **fields}
-    return json.dumps(line, default=_json_value)
+    line = f'{{"level":"{level}","time":"{stamp}","scope":{_json_text(logger.name)}'
+    line += f',"message":{_json_text(str(message))}'
+    # A flat object of texts and numbers, a line for each connection: half the cost of a general encoder.
+    for name, value in fields.items():
+        kind = type(value)
+        if kind is str or kind is Bare:
+            line += f",{_json_text(name)}:{_json_text(value)}"
+        elif kind is int:
+            line += f",{_json_text(name)}:{value}"
+        else:
+            line += f",{_json_text(name)}:{json.dumps(value, default=_json_value)}"
+    return line + "}"
 
 
 def _json_value(value: Any) -> Any:

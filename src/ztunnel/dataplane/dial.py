@@ -23,8 +23,14 @@ DIAL_SECONDS: Final = 10.0
 class DialUser(Protocol):
     """Who dials."""
 
-    def dialed(self, sock: socket.SocketType, mask: int) -> None:
-        """Connected; the reactor watches it for `READ_WRITE`, and `mask` is what it told. It is the user's now."""
+    def dialed(self, sock: socket.SocketType, mask: int, *, watched: bool) -> None:
+        """Connected, and the user's from now on.
+
+        Args:
+            sock: the connection.
+            mask: what it is known to be ready for, beyond being written.
+            watched: the reactor watches it, for `READ_WRITE`.
+        """
 
     def dial_failed(self, error: DataplaneError) -> None:
         """Not connected."""
@@ -39,7 +45,7 @@ class Dial:
     Args:
         reactor: watches the socket.
         calls: the socket calls.
-        user: told how it ended, once; perhaps only when the turn is over.
+        user: told how it ended, once; before `start` returns when the destination is on this host.
     """
 
     __slots__ = ("_calls", "_deadline", "_reactor", "_sock", "_user")
@@ -51,14 +57,24 @@ class Dial:
         self._sock: socket.SocketType | None = None
         self._deadline = 0.0
 
-    def start(self, address: Address, source: IpAddress | None = None) -> None:
-        """Dial `address`, from `source` if given."""
+    def start(self, address: Address, source: IpAddress | None = None, *, local: bool = False) -> None:
+        """Dial.
+
+        Args:
+            address: where to.
+            source: address to come from, if another than usual.
+            local: the destination is on this host, so that the connection mostly stands at once: one call finds out,
+                and saves a turn of the loop.
+        """
         reactor = self._reactor
         try:
             sock = self._calls.dial(address, source=source)
         except OSError as exc:
             error = ConnectFailed(exc.strerror or str(exc))
             reactor.later(lambda: self._user.dial_failed(error))
+            return
+        if local and self._calls.is_connected(sock):
+            self._user.dialed(sock, 0, watched=False)
             return
         self._sock = sock
         self._deadline = reactor.now + DIAL_SECONDS
@@ -84,7 +100,7 @@ class Dial:
         elif mask & WRITE:
             self._sock = None
             self._reactor.unsweep(self)
-            self._user.dialed(sock, mask & ~WRITE)
+            self._user.dialed(sock, mask & ~WRITE, watched=True)
 
     def on_fault(self) -> None:
         """A fault of ours: the user closes what is left."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from hbone.connect import BadConnect, ConnectRequest, response_headers
-
 from hbone.admission import Admission
+from hbone.connect import BadConnect, ConnectRequest, response_headers
 from hbone.endpoint import Endpoint
 from hbone.errors import ErrorCode, HboneError
 from hbone.identity import same_trust_domain
@@ -312,9 +311,9 @@ class StreamConnection(InboundConnection):
             self._header = proxy_header(client, target.proxy_target, self._peer)
         source_ip = target.source or (client[0] if self._inbound.transparent else None)
         self._dial = Dial(plane.reactor, plane.calls, self)
-        self._dial.start(target.connect, source_ip)
+        self._dial.start(target.connect, source_ip, local=True)
 
-    def dialed(self, sock: socket.SocketType, mask: int) -> None:
+    def dialed(self, sock: socket.SocketType, mask: int, *, watched: bool) -> None:
         """The application is there: 200, and relay."""
         self._dial = None
         plane, end = self.plane, self._end
@@ -324,7 +323,7 @@ class StreamConnection(InboundConnection):
             return
         relay = self.relay = Relay(plane.reactor, plane.calls, sock, self)
         end.accept(self._inbound.response_for(self.workload), relay)
-        relay.start(end, watched=True, mask=mask)
+        relay.start(end, watched=watched, mask=mask)
 
     def _send_header(self, sock: socket.SocketType) -> bool:
         try:

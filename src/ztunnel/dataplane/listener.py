@@ -34,8 +34,8 @@ _log = structlog.get_logger("dataplane")
 class Listener:
     """Accepts, and hands each connection to `accepted`.
 
-    One connection is accepted an event, so that a lone one costs no second call that finds nothing; while a queue
-    stands, twice as many each time, up to 64.
+    One connection is accepted an event, so that a lone one costs no second call that finds nothing; while every turn
+    brings more, twice as many each time, up to 64.
 
     Args:
         reactor: watches the socket.
@@ -57,6 +57,7 @@ class Listener:
         self._calls = calls
         self._accepted = accepted
         self._burst = 1
+        self._turn = 0
         self._listening = False
         self._closed = False
 
@@ -68,12 +69,14 @@ class Listener:
 
     def on_event(self, mask: int) -> None:
         """Connections wait."""
+        turn = self._reactor.turns
+        self._burst = min(self._burst * 2, _BURST) if turn == self._turn + 1 else 1
+        self._turn = turn
         accept = self._calls.accept
         for _ in range(self._burst):
             try:
                 sock, peer = accept(self.sock)
             except BlockingIOError:
-                self._burst = 1
                 return
             except OSError as exc:
                 if exc.errno in _OUT_OF_DESCRIPTORS:
@@ -85,14 +88,12 @@ class Listener:
             except Exception:
                 self._reactor.close(sock)
                 raise
-        self._burst = min(self._burst * 2, _BURST)
 
     def on_fault(self) -> None:
         """One connection could not be taken; the listener goes on."""
 
     def _rest(self, exc: OSError) -> None:
         _log.warning("no connection can be accepted for now", listener=address_text(self.address), error=str(exc))
-        self._burst = 1
         self._listening = False
         self._reactor.remove(self.sock.fileno())
         self._reactor.call_at(self._reactor.now + _REST_SECONDS, self.start)

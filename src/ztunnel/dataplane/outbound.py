@@ -364,7 +364,7 @@ class OutboundConnection(AppConnection):
 
     # In plaintext
 
-    def dialed(self, sock: socket.SocketType, mask: int) -> None:
+    def dialed(self, sock: socket.SocketType, mask: int, *, watched: bool) -> None:
         """Relay."""
         self._dial = None
         plane = self.plane
@@ -373,7 +373,7 @@ class OutboundConnection(AppConnection):
         self._connected()
         if self._watched:
             plane.reactor.remove(self._sock.fileno())
-        join(near, far, watched=True)
+        join(near, far, watched=watched)
 
     def dial_failed(self, error: DataplaneError) -> None:
         """Not connected."""

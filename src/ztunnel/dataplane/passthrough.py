@@ -107,15 +107,15 @@ class PlainConnection(InboundConnection):
             self._fail(error)
             return
         self._dial = Dial(plane.reactor, plane.calls, self)
-        self._dial.start(destination, peer[0] if self._passthrough.transparent else None)
+        self._dial.start(destination, peer[0] if self._passthrough.transparent else None, local=True)
 
-    def dialed(self, sock: socket.SocketType, mask: int) -> None:
+    def dialed(self, sock: socket.SocketType, mask: int, *, watched: bool) -> None:
         """The application is there: relay."""
         self._dial = None
         plane = self.plane
         near = self.relay = Relay(plane.reactor, plane.calls, self._sock, self)
         far = self._far = Relay(plane.reactor, plane.calls, sock, self)
-        join(near, far, watched=True)
+        join(near, far, watched=watched)
 
     def dial_failed(self, error: DataplaneError) -> None:
         """It is not."""

@@ -124,6 +124,8 @@ class Reactor:
         self.clock = clock
         self.now = clock()
         """Seconds on the monotonic clock, read once a turn."""
+        self.turns = 0
+        """Turns so far."""
         self.handlers: dict[int, Handler] = {}
         self.dirty: list[Flushable] = []
         """Flushed at the end of the turn; whoever appends itself keeps a flag to do so once."""
@@ -247,6 +249,7 @@ class Reactor:
     def turn(self, events: Iterable[tuple[int, int]]) -> None:
         """Give each event to its handler, then do what the turn left over."""
         self.now = self.clock()
+        self.turns += 1
         get = self.handlers.get
         later = self._later
         if later:
@@ -315,8 +318,10 @@ class Reactor:
     def _close_all(self) -> None:
         closing, self._closing = self._closing, []
         for sock in closing:
-            with contextlib.suppress(OSError):
+            try:
                 sock.close()
+            except OSError:
+                pass  # it is closed all the same
 
     # Time
 

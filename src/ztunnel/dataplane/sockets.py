@@ -42,6 +42,7 @@ _IP_BIND_ADDRESS_NO_PORT = 24
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
 _SO_MARK = 36
+_ESTABLISHED = 1  # the first byte of TCP_INFO
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _LISTEN_BACKLOG = 4096
 _CONNECTING = (0, errno.EINPROGRESS)
@@ -201,6 +202,13 @@ class SocketCalls:
             sock.bind((text_of(source), 0))
         except OSError:
             return
+
+    def is_connected(self, sock: socket.SocketType) -> bool:
+        """Whether the connect has ended well already, as one to this host itself usually has."""
+        try:
+            return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO) & 0xFF == _ESTABLISHED
+        except OSError:
+            return False
 
     def error_of(self, sock: socket.SocketType) -> OSError | None:
         """How a connect ended, or why the connection did; None when it is well."""

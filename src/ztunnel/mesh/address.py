@@ -91,6 +91,7 @@ def is_loopback(ip: IpAddress) -> bool:
     return int(ip) >> 24 == 127 if ip.version == 4 else int(ip) == 1
 
 
+@functools.lru_cache(maxsize=4096)
 def special_address(ip: IpAddress) -> str | None:
     """Why `ip` is no address that a peer may have us connect to, or None when it is an ordinary one."""
     if is_loopback(ip):

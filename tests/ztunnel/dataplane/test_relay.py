@@ -169,10 +169,10 @@ def test_end_stream_is_a_fin_once_all_was_written() -> None:
     reactor, relay, far, owner = relay_of(sock)
     relay.deliver(memoryview(b"slow"))
     relay.finish()
-    assert not sock.fin
+    assert sock.calls["shutdown"] == 0
     tell(reactor, sock, OUT)
     assert sock.written == b"slow"
-    assert sock.fin
+    assert sock.calls["shutdown"] == 1
     sock.to_read.extend([b"more", b""])
     tell(reactor, sock, IN | RDHUP)
     assert far.taken == b"more"
