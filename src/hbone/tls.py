@@ -12,13 +12,14 @@ from OpenSSL import SSL
 
 from hbone.errors import ConfigurationError, PeerIdentityError, TlsError
 from hbone.openssl import DIRECT, IoBuffer, drain_error_queue, ffi, lib
-from hbone.tlscontext import NoSharedProtocol, PeerCheck, TlsContext, reason_of
+from hbone.tlscontext import NoSharedProtocol, TlsContext, reason_of
+from hbone.tlspeer import PeerCheck
 
 if TYPE_CHECKING:
     from cryptography import x509
 
     from hbone.identity.spiffe import SpiffeId
-    from hbone.tlscontext import Authorize
+    from hbone.tlspeer import Authorize
 
 __all__ = ["MAX_READS_WITHOUT_DATA", "IoBuffer", "TlsConnection", "TlsContext"]
 
