@@ -54,6 +54,8 @@ class Page:
     status: int = 200
     content_type: str = "text/plain; charset=utf-8"
     body: bytes = b""
+    then: Callable[[], None] | None = None
+    """Called once the answer has been sent."""
 
     @classmethod
     def text(cls, text: str, status: int = 200) -> Page:
@@ -135,6 +137,8 @@ def router(routes: Mapping[str, Route]) -> App:
         await send({"type": "http.response.start", "status": page.status, "headers": headers})
         body = b"" if scope["method"] == "HEAD" else page.body
         await send({"type": "http.response.body", "body": body})
+        if page.then is not None:
+            page.then()
 
     return app
 
@@ -183,8 +187,7 @@ def admin_app(view: AdminView) -> App:
     async def quit_(request: Request) -> Page:
         if request.method != "POST":
             return Page(status=405)
-        view.shut_down()
-        return Page.text("shutdown now\n")
+        return attrs.evolve(Page.text("shutdown now\n"), then=view.shut_down)
 
     return router(
         {

@@ -100,12 +100,17 @@ def _text(value: object) -> str:
     return value
 
 
-async def fetch_chain(stream: trio.abc.Stream, server_name: str) -> list[x509.Certificate]:
+async def fetch_chain(address: ServerAddress) -> list[x509.Certificate]:
     """Do a TLS handshake that trusts nobody, and return the certificates that the server sent. Nothing else is sent.
 
     Raises:
-        Unreachable: the server does not speak TLS 1.3, or nothing within five seconds.
+        Unreachable: the server cannot be reached, or completes no TLS 1.3 handshake within five seconds.
     """
+    async with await open_stream(address) as stream:
+        return await _shake_hands(stream, address.host)
+
+
+async def _shake_hands(stream: trio.abc.Stream, server_name: str) -> list[x509.Certificate]:
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     context.set_verify(SSL.VERIFY_NONE)
@@ -168,7 +173,7 @@ async def enroll(
     state: StateDir,
     *,
     name: str,
-    connect: Callable[[ServerAddress], Awaitable[trio.abc.Stream]] = open_stream,
+    look: Callable[[ServerAddress], Awaitable[list[x509.Certificate]]] = fetch_chain,
     dial: Callable[[x509.Certificate], Dial] | None = None,
     wall: Callable[[], float] = time.time,
 ) -> tuple[Identity, float]:
@@ -179,7 +184,7 @@ async def enroll(
         token: The one-time token.
         state: Where key, certificate, roots and the enrolment are kept.
         name: Name of this host's workload.
-        connect: Another way to the server, for tests.
+        look: Another way to the chain that the server sends, for tests.
         dial: Another way to the CA once its root is known, for tests.
         wall: Wall clock, seconds since 1970.
 
@@ -191,10 +196,7 @@ async def enroll(
         Unreachable: the server cannot be reached.
         ConfigurationError: the certificate cannot be kept.
     """
-    stream = await connect(address)
-    async with stream:
-        chain = await fetch_chain(stream, address.host)
-    root = pinned_root(chain, token.root_sha256, str(address))
+    root = pinned_root(await look(address), token.root_sha256, str(address))
     ca = CaClient(
         dial(root) if dial is not None else grpc_dialer(address, RootSource.of(root)),
         lifetime=LIFETIME,
