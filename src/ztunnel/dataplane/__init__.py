@@ -176,6 +176,7 @@ class Dataplane:
         self._closed = True
         self._unsubscribe()
         self._plane.local.close()
+        self.outbound.close()
         for listener in self.listeners.values():
             listener.close()
         self.socks5.close()

@@ -11,8 +11,8 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
-from hbone.connect import Authority, Baggage, ConnectRequest
 
+from hbone.connect import Authority, Baggage, ConnectRequest
 from hbone.errors import ErrorCode, LocalProtocolError
 from hbone.pool import PoolKey
 from ztunnel.dataplane.connections import AppConnection
@@ -34,7 +34,7 @@ from ztunnel.mesh.address import parse_ip
 from ztunnel.mesh.route import Plain, Refused, Resolve, Tunnel, route
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from hbone.events import Headers
     from ztunnel.dataplane.connections import Plane
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.tunnel import StreamEnd
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
     from ztunnel.mesh.address import Address, IpAddress
+    from ztunnel.mesh.store import Change
     from ztunnel.mesh.workload import Workload
 
 __all__ = ["Outbound", "OutboundConnection", "resolve"]
@@ -50,6 +51,7 @@ _RESOLVE_SECONDS: Final = 5.0
 _WATCH_AFTER: Final = 0.5  # seconds without an answer after which the app's own reset is watched for
 _ANSWER_SECONDS: Final = 20.0  # dial, certificate and CONNECT together; the far side has 10 s to reach its application
 _TRIES: Final = 3
+_PLANS: Final = 4096
 _GONE_FAR: Final = "the stream was reset: "
 
 
@@ -86,9 +88,11 @@ class Outbound:
         self.dialer = dialer
         self.pending: dict[OutboundConnection, None] = {}
         """Not answered yet, the oldest first."""
-        self._keys: dict[tuple[Workload, Tunnel], PoolKey] = {}
         self._random = random.Random(random.SystemRandom().getrandbits(128))
-        self._baggage: tuple[Workload, Baggage] | None = None
+        self._plans: dict[Hashable, Plan] = {}
+        self._direct: dict[Address, Plan] = {}
+        self.close = plane.store.subscribe(self._forget_plans)
+        """Forget the store."""
 
     def accepted(self, sock: socket.SocketType, peer: Address) -> None:
         """A connection to 15001."""
@@ -119,25 +123,63 @@ class Outbound:
         else:
             plane.reactor.start_task(connection.wait_for_workload)
 
-    def key_for(self, source: Workload, found: Tunnel) -> PoolKey:
-        """The pool's key for a route."""
-        ip, port = found.next_hop
-        return PoolKey(source.identity, (text_of(ip), port), found.expected)
+    def plan_for(self, source: Workload, destination: Address, client: IpAddress) -> Plan | Refused | Resolve:
+        """Where a connection goes, with what its kind has in common."""
+        plan = self._direct.get(destination)
+        if plan is not None:
+            return plan
+        plane = self.plane
+        found = route(
+            plane.store,
+            source,
+            destination,
+            network=plane.config.network,
+            own_ports=plane.own_ports,
+            own_addresses=plane.own_addresses,
+            client_ip=client,
+            hbone_port=plane.hbone_port,
+        )
+        if isinstance(found, Refused | Resolve):
+            return found
+        plan = self.plan_of(source, found)
+        workload = found.workload
+        if (
+            workload is not None
+            and workload.waypoint is None
+            and found.service is None
+            and destination[0] in workload.addresses
+        ):
+            # Straight to a workload by its own address: nothing was drawn, so every connection goes there.
+            if len(self._direct) >= _PLANS:
+                self._direct.clear()
+            self._direct[destination] = plan
+        return plan
 
-    def headers_for(self, connection: OutboundConnection, found: Tunnel) -> Headers:
+    def plan_of(self, source: Workload, found: Tunnel | Plain) -> Plan:
+        """What connections of a route have in common."""
+        key: Hashable = found
+        if isinstance(found, Tunnel):
+            key = (found.next_hop, found.authority, found.expected, found.workload, found.service)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = Plan(self.plane, source, found)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _forget_plans(self, _: Change) -> None:
+        self._plans.clear()
+        self._direct.clear()
+
+    def headers_for(self, connection: OutboundConnection, plan: Plan) -> Headers:
         """The CONNECT request. Source: ztunnel's headers."""
-        source = connection.source
-        if self._baggage is None or self._baggage[0] is not source:
-            self._baggage = (source, baggage_of(source))
-        trace = self._random.getrandbits(192)
-        return ConnectRequest(
-            authority=Authority.parse(found.authority),
-            baggage=self._baggage[1],
-            forwarded_for=address_text(connection.peer),
-            forwarded_host=found.service.hostname if found.service is not None else None,
-            traceparent=f"00-{trace >> 64:032x}-{trace & (2**64 - 1):016x}-00",
-            network=None,
-        ).to_headers()
+        ids = self._random.randbytes(24).hex()
+        return (
+            *plan.headers,
+            (b"forwarded", b'for="%s"%s' % (address_text(connection.peer).encode(), plan.forwarded)),
+            (b"traceparent", f"00-{ids[:32]}-{ids[32:]}-00".encode()),
+        )
 
     def on_time(self, now: float) -> None:
         """Connections that wait for their answer for long."""
@@ -151,6 +193,39 @@ class Outbound:
                 connection.watch()
         if not self.pending:
             self.plane.reactor.unsweep(self)
+
+
+class Plan:
+    """What the connections of one route have in common; made once, and forgotten when the mesh changes."""
+
+    __slots__ = ("forwarded", "headers", "key", "route", "traffic")
+
+    def __init__(self, plane: Plane, source: Workload, found: Tunnel | Plain) -> None:
+        self.route = found
+        tunnel = isinstance(found, Tunnel)
+        self.traffic = plane.metrics.connection(
+            "source",
+            source,
+            source.identity if tunnel else None,
+            found.workload,
+            found.service,
+            None,
+            "mutual_tls" if tunnel else "unknown",
+        )
+        self.key: PoolKey | None = None
+        self.headers: Headers = ()
+        self.forwarded = b""
+        if isinstance(found, Tunnel):
+            ip, port = found.next_hop
+            self.key = PoolKey(source.identity, (text_of(ip), port), found.expected)
+            service = found.service
+            fields = ConnectRequest(
+                authority=Authority.parse(found.authority),
+                baggage=baggage_of(source),
+                forwarded_host=service.hostname if service is not None else None,
+            ).to_headers()
+            self.headers = tuple(field for field in fields if field[0] != b"forwarded")
+            self.forwarded = b"".join(b";" + value for name, value in fields if name == b"forwarded")
 
 
 def baggage_of(workload: Workload) -> Baggage:
@@ -176,7 +251,7 @@ class OutboundConnection(AppConnection):
         "_end",
         "_far",
         "_outbound",
-        "_route",
+        "_plan",
         "_sock",
         "_tries",
         "_watched",
@@ -206,7 +281,7 @@ class OutboundConnection(AppConnection):
         self._outbound = outbound
         self._sock = sock
         self._answer = answer
-        self._route: Tunnel | Plain | None = None
+        self._plan: Plan | None = None
         self._end: StreamEnd | None = None
         self._far: Relay | None = None
         self._dial: Dial | None = None
@@ -230,22 +305,14 @@ class OutboundConnection(AppConnection):
 
     def go(self, source: Workload) -> None:
         """Choose the route, and take it."""
-        plane = self.plane
         self.source = source
-        found = route(
-            plane.store,
-            source,
-            self.destination,
-            network=plane.config.network,
-            own_ports=plane.own_ports,
-            own_addresses=plane.own_addresses,
-            client_ip=self.peer[0],
-            hbone_port=plane.hbone_port,
-        )
-        if isinstance(found, Resolve):
-            plane.reactor.start_task(self._resolve, found)
-        else:
+        found = self._outbound.plan_for(source, self.destination, self.peer[0])
+        if isinstance(found, Plan):
             self._take(found)
+        elif isinstance(found, Refused):
+            self.fail(found.error)
+        else:
+            self.plane.reactor.start_task(self._resolve, found)
 
     async def _resolve(self, found: Resolve) -> None:
         try:
@@ -255,63 +322,64 @@ class OutboundConnection(AppConnection):
             return
         finally:
             self.plane.metrics.on_demand_dns(self.source, found.hostname)
-        if not self.closed:
-            self._take(found.then(ip))
-
-    def _take(self, found: Tunnel | Plain | Refused) -> None:
-        if isinstance(found, Refused):
-            self.fail(found.error)
+        if self.closed:
             return
-        self._route = found
-        self._open(found)
+        then = found.then(ip)
+        if isinstance(then, Refused):
+            self.fail(then.error)
+        else:
+            self._take(self._outbound.plan_of(self.source, then))
+
+    def _take(self, plan: Plan) -> None:
+        plane, source = self.plane, self.source
+        self._plan = plan
+        found = plan.route
+        workload = found.workload
+        plane.connections.outbound[self] = None
         if isinstance(found, Tunnel):
-            self.key = self._outbound.key_for(self.source, found)
+            record = AccessRecord(
+                OUTBOUND,
+                self.peer,
+                found.next_hop,
+                hbone_authority=found.authority,
+                source_workload=source,
+                source_identity=source.identity,
+                destination_workload=workload,
+                destination_identity=found.workload.identity,
+                service=found.service,
+                opened_at=self.started,
+            )
+            self.open_record(record, plan.traffic)
+            assert plan.key is not None
+            self.key = plan.key
             self._outbound.dialer.checkout(self)
         else:
-            self._dial = Dial(self.plane.reactor, self.plane.calls, self)
+            record = AccessRecord(
+                OUTBOUND,
+                self.peer,
+                found.address,
+                source_workload=source,
+                destination_workload=workload,
+                service=found.service,
+                opened_at=self.started,
+            )
+            self.open_record(record, plan.traffic)
+            self._dial = Dial(plane.reactor, plane.calls, self)
             self._dial.start(found.address)
-
-    def _open(self, found: Tunnel | Plain) -> None:
-        plane = self.plane
-        tunnel = isinstance(found, Tunnel)
-        source, workload = self.source, found.workload
-        record = AccessRecord(
-            OUTBOUND,
-            self.peer,
-            found.next_hop if isinstance(found, Tunnel) else found.address,
-            hbone_authority=found.authority if isinstance(found, Tunnel) else None,
-            source_workload=source,
-            source_identity=source.identity if tunnel else None,
-            destination_workload=workload,
-            destination_identity=workload.identity if tunnel and workload is not None else None,
-            service=found.service,
-            opened_at=self.started,
-        )
-        traffic = plane.metrics.connection(
-            "source",
-            source,
-            source.identity if tunnel else None,
-            workload,
-            found.service,
-            None,
-            "mutual_tls" if tunnel else "unknown",
-        )
-        plane.connections.outbound[self] = None
-        self.open_record(record, traffic)
 
     # Through a tunnel
 
     def tunnel_ready(self, tunnel: LiveTunnel) -> None:
         """Ask for a stream."""
-        found = self._route
-        assert isinstance(found, Tunnel)
+        plan = self._plan
+        assert plan is not None
         relay = self.relay
         if relay is None:
             plane = self.plane
             relay = self.relay = Relay(plane.reactor, plane.calls, self._sock, self)
         self._tries += 1
         try:
-            self._end = tunnel.connect(self._outbound.headers_for(self, found), self, relay)
+            self._end = tunnel.connect(self._outbound.headers_for(self, plan), self, relay)
         except LocalProtocolError as exc:
             if self._tries < _TRIES:
                 self.plane.reactor.later(self._again)
