@@ -181,7 +181,7 @@ def test_run_serves_until_sigterm(tmp_path: Path) -> None:
                 break
         os.kill(child.pid, signal.SIGTERM)
         out, err = child.communicate(timeout=20)
-    assert child.returncode == 0
+    assert child.returncode == 0, err.decode()
     assert b"stopping" in out
     assert err == b""
 
