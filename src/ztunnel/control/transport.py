@@ -379,9 +379,7 @@ async def open_stream(
         try:
             found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise ControlPlaneError(
-                f"the control plane's name {address.host} has no address: {error.strerror}"
-            ) from None
+            raise Unreachable(f"the control plane's name {address.host} has no address: {error.strerror}") from None
         share = CONNECT_TIMEOUT / max(1, len(found))
         for family, kind, protocol, _, target in found[:8]:
             sock = trio.socket.socket(family, kind, protocol)
