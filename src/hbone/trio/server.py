@@ -157,7 +157,7 @@ class _Server:
         try:
             await self._serve(transport)
         except HboneError as error:
-            _log.info("tunnel from %s refused: %s", _address(transport) or "a peer", error)
+            _log.warning("tunnel from %s refused: %s", _address(transport) or "a peer", error)
         except Exception:
             _log.exception("tunnel from %s failed", _address(transport) or "a peer")
         finally:
@@ -197,6 +197,7 @@ class _Server:
                     endpoint,
                     client=False,
                     on_request=lambda stream: streams.start_soon(self._serve_stream, stream),
+                    on_unusable=self._connections.discard,
                 )
                 self._connections.add(connection)
                 if self._draining:
@@ -205,14 +206,12 @@ class _Server:
                     await streams.start(connection.run)
                 except HboneError as error:
                     _log.info("tunnel from %s refused: %s", address or "a peer", error)
-                finally:
-                    if admission is not None:
-                        admission.leave(address)
-                        admission = None
+                if admission is not None:
+                    admission.leave(address)
+                    admission = None
         finally:
             if admission is not None:
                 admission.leave(address)
-            self._connections = {each for each in self._connections if each.failure is None}
 
     async def _serve_stream(self, stream: HboneStream) -> None:
         try:
