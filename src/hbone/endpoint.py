@@ -149,7 +149,9 @@ class Endpoint:
 
     def _read_records(self, events: list[Event], now: float) -> list[Event]:
         engine = self.engine
-        read_into = self.tls.read_into
+        tls = self.tls
+        read_into = tls.read_into
+        has_ciphertext = tls.has_ciphertext
         buffer = _buffers.pop() if _buffers else IoBuffer(PLAINTEXT.size)
         try:
             view = buffer.view
@@ -158,6 +160,9 @@ class Endpoint:
                 # One call of OpenSSL gives one record; the engine gets as many of them at once as there are.
                 filled = got = read_into(buffer, 0, size)
                 while got and size - filled >= _RECORD:
+                    if not has_ciphertext():
+                        got = 0
+                        break
                     got = read_into(buffer, filled, size - filled)
                     filled += got
                 if not filled:

@@ -10,7 +10,7 @@ from ztunnel.errors import ConnectFailed, DataplaneError
 if TYPE_CHECKING:
     import socket
 
-    from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.dataplane.reactor import Reactor, Timer
     from ztunnel.dataplane.sockets import SocketCalls
     from ztunnel.mesh.address import Address, IpAddress
 
@@ -48,7 +48,7 @@ class Dial:
         user: told how it ended, once; before `start` returns when the destination is on this host.
     """
 
-    __slots__ = ("_calls", "_deadline", "_reactor", "_sock", "_user")
+    __slots__ = ("_calls", "_deadline", "_late", "_reactor", "_sock", "_timer", "_user")
 
     def __init__(self, reactor: Reactor, calls: SocketCalls, user: DialUser) -> None:
         self._reactor = reactor
@@ -56,6 +56,21 @@ class Dial:
         self._user = user
         self._sock: socket.SocketType | None = None
         self._deadline = 0.0
+        self._timer: Timer | None = None
+        self._late: tuple[Address, IpAddress | None, bool] | None = None
+
+    def start_in(
+        self, seconds: float, address: Address, source: IpAddress | None = None, *, local: bool = False
+    ) -> None:
+        """Dial in a while, as `start` does; `cancel` until then has nothing to close."""
+        self._late = (address, source, local)
+        self._timer = self._reactor.call_at(self._reactor.clock() + seconds, self._start_late)
+
+    def _start_late(self) -> None:
+        self._timer = None
+        if self._late is not None:
+            address, source, local = self._late
+            self.start(address, source, local=local)
 
     def start(self, address: Address, source: IpAddress | None = None, *, local: bool = False) -> None:
         """Dial.
@@ -83,6 +98,9 @@ class Dial:
 
     def cancel(self) -> None:
         """Stop, and say nothing."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         sock, self._sock = self._sock, None
         if sock is not None:
             self._reactor.unsweep(self)

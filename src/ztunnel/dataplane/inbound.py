@@ -18,6 +18,7 @@ from ztunnel.dataplane.connections import InboundConnection
 from ztunnel.dataplane.dial import Dial
 from ztunnel.dataplane.outbound import baggage_of
 from ztunnel.dataplane.relay import ENDS, Relay
+from ztunnel.dataplane.restraint import Restraint
 from ztunnel.dataplane.sockets import DONTWAIT
 from ztunnel.dataplane.tunnel import Tunnel
 from ztunnel.errors import (
@@ -87,6 +88,7 @@ class Inbound:
         self._budget = budget
         self._admission = admission or Admission()
         self._shaking: dict[Tunnel, str] = {}
+        self._restraints: dict[Tunnel, Restraint] = {}
         self._response: tuple[Workload, Headers] | None = None
 
     # Tunnels
@@ -159,6 +161,7 @@ class Inbound:
     def tunnel_lost(self, tunnel: Tunnel, error: DataplaneError | None) -> None:
         """Its streams were told."""
         local = self.tunnels.pop(tunnel)
+        self._restraints.pop(tunnel, None)
         if self.on_empty is not None and not self.tunnels:
             self.on_empty()
         self.plane.metrics.socket_closed("destination")
@@ -246,6 +249,19 @@ class Inbound:
         connection = StreamConnection(self, workload, facts, end, peer_id)
         connection.begin(request, target, local)
 
+    def dial_wasted(self, tunnel: Tunnel) -> None:
+        """The peer reset a stream that had carried nothing to the application."""
+        now = self.plane.reactor.now
+        restraint = self._restraints.get(tunnel)
+        if restraint is None:
+            restraint = self._restraints[tunnel] = Restraint(now)
+        restraint.wasted(now)
+
+    def dial_waits(self, tunnel: Tunnel) -> float:
+        """Seconds until a stream of `tunnel` is dialled for."""
+        restraint = self._restraints.get(tunnel)
+        return 0.0 if restraint is None else restraint.wait(self.plane.reactor.now)
+
     def response_for(self, workload: Workload) -> Headers:
         """Headers of the 200: what we say of the workload, unless that is switched off."""
         if not self.plane.config.response_baggage:
@@ -311,7 +327,11 @@ class StreamConnection(InboundConnection):
             self._header = proxy_header(client, target.proxy_target, self._peer)
         source_ip = target.source or (client[0] if self._inbound.transparent else None)
         self._dial = Dial(plane.reactor, plane.calls, self)
-        self._dial.start(target.connect, source_ip, local=True)
+        wait = self._inbound.dial_waits(self._end.tunnel)
+        if wait:
+            self._dial.start_in(wait, target.connect, source_ip, local=True)
+        else:
+            self._dial.start(target.connect, source_ip, local=True)
 
     def dialed(self, sock: socket.SocketType, mask: int, *, watched: bool) -> None:
         """The application is there: 200, and relay."""
@@ -349,6 +369,8 @@ class StreamConnection(InboundConnection):
 
     def stream_reset(self, code: ErrorCode, *, processed: bool) -> None:
         """The client gave up."""
+        if self.relay is None or not self.relay.written:
+            self._inbound.dial_wasted(self._end.tunnel)
         error = None if code in ENDS else SendFailed(_GONE + code.name)
         if self.relay is not None:
             self.relay.end_after_reset(code, error)

@@ -188,7 +188,8 @@ class Relay:
 
     def _pump(self) -> None:
         far = self._far
-        for _ in range(_READS):
+        reads = _READS
+        while reads:
             room = far.room()
             if room <= 0:
                 return
@@ -210,6 +211,7 @@ class Relay:
                 return
             if self._ended_here or self.closed:
                 return
+            reads -= 1
         self._reactor.later(self.resume)
 
     def _app_ended(self) -> None:

@@ -99,7 +99,9 @@ class StreamEnd:
     """One stream of a tunnel, as the far end of a relay."""
 
     __slots__ = (
+        "_capacity",
         "_engine",
+        "_out",
         "_send_from",
         "closed",
         "ended",
@@ -122,7 +124,9 @@ class StreamEnd:
         """The peer sent END_STREAM."""
         self.sent_end = False
         self.waits = False
-        self._engine = tunnel.engine
+        self._engine = engine = tunnel.engine
+        self._capacity = engine.send_capacity
+        self._out = engine.out
         self._send_from = tunnel.endpoint.send_from
 
     # The far end of a relay
@@ -130,7 +134,7 @@ class StreamEnd:
     def room(self) -> int:
         """Bytes that can be sent now; 0 puts it in the queue of those that wait."""
         if not self.tunnel.blocked and not self.closed:
-            room = self._engine.send_capacity(self.stream_id)
+            room = self._capacity(self.stream_id)
             if room > 0:
                 return room if room < CHUNK else CHUNK
         self.tunnel.wait(self)
@@ -140,7 +144,7 @@ class StreamEnd:
         """Send what the relay has read."""
         self._send_from(self.stream_id, READ_BUFFER, nbytes)
         tunnel = self.tunnel
-        if nbytes >= _FLUSH_AT_ONCE or len(self._engine.out) >= _SMALL_LIMIT:
+        if nbytes >= _FLUSH_AT_ONCE or len(self._out) >= _SMALL_LIMIT:
             tunnel.flush()
         elif not tunnel.dirty:
             tunnel.dirty = True
@@ -201,7 +205,9 @@ class Tunnel:
 
     __slots__ = (
         "_calls",
+        "_calm",
         "_hangup",
+        "_out",
         "_owner",
         "_pending",
         "_queued",
@@ -247,6 +253,8 @@ class Tunnel:
         self.streams: dict[int, StreamEnd] = {}
         self.pinged_at: float | None = None
         """When the pool asked whether it lives."""
+        self._calm = False  # the handshake's last bytes are sent: only what the engine queues is to be flushed
+        self._out = endpoint.engine.out
         self._calls = calls
         self._owner = owner
         self._sock = sock
@@ -393,7 +401,7 @@ class Tunnel:
                 return
             if events:
                 self._handle(events)
-            if not self.dirty and endpoint.wants_flush and not self.closed:
+            if not self.dirty and (self._out or (not self._calm and endpoint.wants_flush)) and not self.closed:
                 self.dirty = True
                 self.reactor.flush_later(self)
             if self.closing and not self.closed:
@@ -434,6 +442,7 @@ class Tunnel:
                 self.blocked = True
                 return
             if nbytes < size:
+                self._calm = self.endpoint.established
                 return
 
     def _write_pending(self) -> None:
