@@ -213,6 +213,7 @@ class Dataplane:
 
 def options_of(config: Config) -> SocketOptions:
     """Socket options of the configuration."""
+    own = config.bind_address
     return SocketOptions(
         keepalive=config.keepalive_enabled,
         keepalive_time=max(1, int(config.keepalive_time)),
@@ -220,4 +221,5 @@ def options_of(config: Config) -> SocketOptions:
         keepalive_retries=config.keepalive_retries,
         user_timeout=config.user_timeout_enabled,
         mark=config.packet_mark,
+        source=None if own is None or own.is_unspecified else own,
     )

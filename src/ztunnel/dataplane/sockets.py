@@ -84,10 +84,19 @@ class SocketOptions:
     """Give up on unacknowledged bytes after as long as keepalive would."""
     mark: int | None = None
     """SO_MARK of outgoing connections."""
+    source: IpAddress | None = None
+    """Own address that outgoing connections come from, where the caller names none; None: routing decides."""
 
-    def apply(self, sock: socket.SocketType) -> None:
-        """Set them. Those of TCP are wishes: a kernel that refuses one still gets the connection."""
+    def apply(self, sock: socket.SocketType, *, local: bool = False) -> None:
+        """Set them. Those of TCP are wishes: a kernel that refuses one still gets the connection.
+
+        Args:
+            sock: connected or not.
+            local: the other end is on this host, and cannot fall silent without this host knowing.
+        """
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if local:
+            return
         if self.keepalive:
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -153,13 +162,14 @@ class SocketCalls:
             raise
         return sock, (parse_ip(peer[0]), peer[1])
 
-    def dial(self, address: Address, *, source: IpAddress | None = None) -> socket.SocketType:
+    def dial(self, address: Address, *, source: IpAddress | None = None, local: bool = False) -> socket.SocketType:
         """Begin to connect; writable means that it ended, `error_of` how.
 
         Args:
             address: where to.
             source: address to come from, ours or another's (IP_TRANSPARENT). One equal to the destination is left
                 out, because it would confuse the application. An address that cannot be bound is left out as well.
+            local: the destination is on this host.
 
         Raises:
             OSError: refused at once.
@@ -167,17 +177,22 @@ class SocketCalls:
         Source: ztunnel's upstream connect, behind its 15006 and 15008.
         """
         ip, port = address
-        if source == ip:
+        if source is not None and source == ip:
             source = None
-        family = socket.AF_INET if (source or ip).version == 4 else socket.AF_INET6
+        host = text_of(ip)
+        small = ":" not in host
+        family = socket.AF_INET if (small if source is None else source.version == 4) else socket.AF_INET6
         sock = self._socket_class(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            self.options.apply(sock)
+            self.options.apply(sock, local=local)
             if self.options.mark is not None:
                 sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, self.options.mark)
             if source is not None:
                 self._come_from(sock, source)
-            host = text_of(ip) if ip.version == 6 or family == socket.AF_INET else f"::ffff:{text_of(ip)}"
+            elif self.options.source is not None:
+                self._bind_own(sock, self.options.source, ip)
+            if small and family == socket.AF_INET6:
+                host = f"::ffff:{host}"
             code = sock.connect_ex((host, port))
             if code not in _CONNECTING:
                 raise OSError(code, os.strerror(code))
@@ -185,6 +200,11 @@ class SocketCalls:
             sock.close()
             raise
         return sock
+
+    def _bind_own(self, sock: socket.SocketType, own: IpAddress, target: IpAddress) -> None:
+        if own.version == target.version and own != target:
+            sock.setsockopt(socket.SOL_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((text_of(own), 0))
 
     def _come_from(self, sock: socket.SocketType, source: IpAddress) -> None:
         if not source.is_loopback:
