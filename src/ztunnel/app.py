@@ -101,7 +101,11 @@ class Mesh:
         self._writer: CacheWriter | None = None
         if state is not None:
             self._writer = CacheWriter(
-                state, workload=str(self.served), snapshot=self._snapshot, in_sync=self._is_in_sync
+                state,
+                workload=str(self.served),
+                snapshot=self._snapshot,
+                in_sync=self._is_in_sync,
+                stale_since=self._stale_since,
             )
         self.restored = False
         """The picture of the last run was put in force."""
@@ -245,6 +249,9 @@ class Mesh:
 
     def _is_in_sync(self) -> bool:
         return self.discovery is not None and self.discovery.in_sync
+
+    def _stale_since(self) -> float | None:
+        return self.discovery.status().stale_since if self.discovery is not None else None
 
     def status(self) -> dict[str, Any]:
         """Identity, control plane and mesh, for `ztunnel status`."""

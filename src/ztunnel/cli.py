@@ -22,7 +22,7 @@ from ztunnel import reach
 from ztunnel.client import DaemonAway, ask
 from ztunnel.config import DEFAULT_STATE_DIR, Config
 from ztunnel.control.cache import StateDir
-from ztunnel.control.enroll import enroll, load_enrolment
+from ztunnel.control.enroll import enroll, settings
 from ztunnel.control.transport import ControlPlaneError, ServerAddress, Unreachable
 from ztunnel.wire.token import MAX_TOKEN_LENGTH, parse_enrolment_token
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
-__all__ = ["main", "settings"]
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,19 +103,6 @@ def _parser() -> Parser:
     )
     about.set_defaults(command=_version)
     return parser
-
-
-def settings(environ: Mapping[str, str]) -> Config:
-    """The settings; those that an enrolment stands for are used where the environment has none.
-
-    Raises:
-        ConfigurationError: a variable is wrong.
-    """
-    config = Config.from_env(environ)
-    enrolment = load_enrolment(config.state_dir or DEFAULT_STATE_DIR)
-    if enrolment is None:
-        return config
-    return Config.from_env({**enrolment.environment(), **environ})
 
 
 def _run(_: argparse.Namespace) -> int:

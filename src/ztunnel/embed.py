@@ -31,8 +31,8 @@ from hbone.identity import same_trust_domain
 from hbone.trio import ConnectionPool, serve_listeners
 from hbone.trio.client import open_quiet_nursery
 from ztunnel.app import Mesh
-from ztunnel.config import Config
 from ztunnel.control.cache import StateDir
+from ztunnel.control.enroll import settings
 from ztunnel.control.svids import NoCertificate
 from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dataplane.outbound import baggage_of, resolve
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
     from hbone.identity import Identity
     from hbone.trio import HboneStream
+    from ztunnel.config import Config
     from ztunnel.control.ca import CertificateAuthority
     from ztunnel.control.transport import Dial
     from ztunnel.mesh import Address, Change, Workload
@@ -121,7 +122,7 @@ class Ztunnel:
         xds: Dial | None = None,
         authority: CertificateAuthority | None = None,
     ) -> None:
-        self.config = config if config is not None else Config.from_env(os.environ)
+        self.config = config if config is not None else settings(os.environ)
         self.config.served  # noqa: B018 - a missing workload is named at once
         self._xds = xds
         self._authority = authority

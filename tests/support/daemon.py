@@ -27,6 +27,16 @@ CA = Authority(at=time.time())
 Resource = tuple[str, str, bytes]
 
 
+class Warnings:
+    """Stands in for a module's logger and keeps its warnings, however the logs are configured."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self.lines.append(f"{event} {fields}")
+
+
 def settings(**environ: str) -> Config:
     return Config.from_env(
         {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 from tests.support.control_plane import ScriptedControlPlane
-from tests.support.daemon import exchange, policy, running, settings, workload
+from tests.support.daemon import Warnings, exchange, policy, running, settings, workload
 
 from hbone.errors import ConfigurationError
 from ztunnel.app import notify
@@ -83,6 +83,17 @@ async def test_restart_while_the_control_plane_is_away_serves_on_with_policy_and
         assert "connection refused" in plane["error"]
 
 
+async def test_age_of_the_picture_survives_restarts_while_the_control_plane_is_away(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with running(state=state) as ztunnel:
+        await ztunnel.sync()
+    os.utime(state / "mesh.snapshot", (1_700_000_000, 1_700_000_000))
+    for _ in range(2):
+        async with running(state=state, control=away()) as again:
+            await again.until_ready()
+            assert (await again.status())["controlPlane"]["staleSince"] == "2023-11-14T22:13:20Z"
+
+
 async def test_policy_survives_a_kill_between_two_writes_of_the_debounce(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with running(state=state) as ztunnel:
@@ -98,7 +109,9 @@ async def test_policy_survives_a_kill_between_two_writes_of_the_debounce(tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["torn", "garbage", "empty", "foreign"])
-async def test_damaged_picture_is_not_used(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_damaged_picture_is_not_used(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings = Warnings()
+    monkeypatch.setattr("ztunnel.control.cache.log", warnings)
     state = tmp_path / "state"
     async with running(state=state) as ztunnel:
         await ztunnel.sync(policies=(policy("p"),))
@@ -117,7 +130,7 @@ async def test_damaged_picture_is_not_used(tmp_path: Path, damage: str, caplog: 
         assert not again.daemon.mesh.restored
         assert not again.daemon.mesh.store.policies
         assert not again.daemon.readiness.ready
-    assert sum("saved mesh not used" in record.getMessage() for record in caplog.records) == 1
+    assert sum("saved mesh not used" in line for line in warnings.lines) == 1
 
 
 async def test_certificate_of_another_workload_is_not_used(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from ztunnel import cli, reach
 from ztunnel.control.ca import CREATE_CERTIFICATE
 from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import Enrolment, enroll, fetch_chain, load_enrolment, pinned_root
+from ztunnel.control.enroll import settings as enrolled_settings
 from ztunnel.control.transport import ControlPlaneError, ServerAddress, Unreachable
 from ztunnel.wire import ca_pb2
 from ztunnel.wire.token import EnrolmentToken
@@ -60,6 +61,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
             monkeypatch.delenv(name)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("hbone.daemon.logs.configure", lambda *_: None)  # it would last beyond this test
     try:
         code = cli.main(argv)
     except SystemExit as ended:
@@ -294,10 +296,10 @@ async def test_token_becomes_a_certificate_that_the_daemon_starts_from(tmp_path:
     assert (state.path / "enrolment.json").stat().st_mode & 0o777 == 0o600
     state.release()
     # The settings of an enrolled host need nothing but the directory; the environment still wins.
-    config = cli.settings({"ZTUNNEL_STATE_DIR": str(state.path)})
+    config = enrolled_settings({"ZTUNNEL_STATE_DIR": str(state.path)})
     assert str(config.served) == "shop/web-1/web"
     assert config.ca_address == f"https://{server.address}"
-    config = cli.settings({"ZTUNNEL_STATE_DIR": str(state.path), "CA_ADDRESS": "https://other:15012"})
+    config = enrolled_settings({"ZTUNNEL_STATE_DIR": str(state.path), "CA_ADDRESS": "https://other:15012"})
     assert config.ca_address == "https://other:15012"
 
 

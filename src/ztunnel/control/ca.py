@@ -17,7 +17,7 @@ from hbone.errors import HboneError, IdentityError
 from hbone.grpc import GrpcError, GrpcUnavailable
 from hbone.identity import Identity, TrustBundle, X509Svid
 from hbone.identity.svid import svid_id, validity_problem
-from ztunnel.control.transport import ControlPlaneError, Unreachable, request_metadata
+from ztunnel.control.transport import ControlPlaneError, Unreachable, refusal, request_metadata
 from ztunnel.wire import ca_pb2
 
 if TYPE_CHECKING:
@@ -233,9 +233,8 @@ class CaClient:
         except GrpcUnavailable as error:
             raise Unreachable(f"the connection to the CA failed: {error.message}") from error
         except GrpcError as error:
-            raise ControlPlaneError(
-                f"the CA answered {error.code.name}: {error.message or 'no reason given'}"
-            ) from error
+            known = self._token is not None or presented is not None
+            raise ControlPlaneError(f"the CA answered {refusal(error, known)}") from error
         except (HboneError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise Unreachable(f"the connection to the CA failed: {error}") from error
         try:

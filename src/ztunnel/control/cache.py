@@ -159,8 +159,13 @@ class StateDir:
 
     # snapshot
 
-    def save_snapshot(self, data: bytes, workload: str) -> None:
+    def save_snapshot(self, data: bytes, workload: str, stale_since: float | None = None) -> None:
         """Keep the picture of the mesh as `workload` sees it.
+
+        Args:
+            data: The picture.
+            workload: Whose it is.
+            stale_since: Since when it may be out of date, seconds since 1970; None: it is current.
 
         Raises:
             OSError: the disk is full, or the directory gone.
@@ -174,7 +179,10 @@ class StateDir:
             "length": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-        write_private(self.path / "mesh.snapshot", json.dumps(header).encode() + b"\n" + data)
+        path = self.path / "mesh.snapshot"
+        write_private(path, json.dumps(header).encode() + b"\n" + data)
+        if stale_since is not None:
+            os.utime(path, (stale_since, stale_since))
 
     def load_snapshot(self, workload: str) -> SavedSnapshot | None:
         """The picture of the last run, where it is whole and this workload's.
@@ -241,6 +249,7 @@ class CacheWriter:
         workload: str,
         snapshot: Callable[[], Awaitable[bytes]],
         in_sync: Callable[[], bool],
+        stale_since: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Write to `state`.
 
@@ -249,11 +258,13 @@ class CacheWriter:
             workload: Whose picture it is.
             snapshot: Makes the bytes to keep.
             in_sync: Whether the picture is current now.
+            stale_since: Since when it may be out of date, seconds since 1970.
         """
         self._state = state
         self._workload = workload
         self._snapshot = snapshot
         self._in_sync = in_sync
+        self._stale_since = stale_since
         self._dirty = False
         self._identity: Identity | None = None
         self._wake = trio.Event()
@@ -314,7 +325,8 @@ class CacheWriter:
                 self._dirty = False
                 try:
                     data = await self._snapshot()
-                    await trio.to_thread.run_sync(self._state.save_snapshot, data, self._workload)
+                    stale = self._stale_since()
+                    await trio.to_thread.run_sync(self._state.save_snapshot, data, self._workload, stale)
                 except BaseException:
                     self._dirty = True
                     raise

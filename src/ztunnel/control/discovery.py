@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from hbone.daemon.logs import get_logger
 from hbone.errors import HboneError
 from hbone.grpc import GrpcError, GrpcUnavailable
-from ztunnel.control.transport import ControlPlaneError, request_metadata
+from ztunnel.control.transport import ControlPlaneError, refusal, request_metadata
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, RejectedResource, decode_address, decode_policy
 from ztunnel.wire import discovery_pb2
 
@@ -242,18 +242,23 @@ class DiscoveryClient:
     async def _attempt(self) -> tuple[str, str]:
         """One stream, from dial to end: the reason as the metric names it, and what to say."""
         opened = False
+        presented = None
         try:
             metadata = request_metadata(self._token, self._cluster_id, self._headers)
-            async with self._dial(self._identity()) as channel, channel.stream(DELTA, metadata) as stream:
+            presented = self._identity() if self._token is None else None
+            async with self._dial(presented) as channel, channel.stream(DELTA, metadata) as stream:
                 opened = True
                 await self._converse(stream)
         except GrpcError as error:
-            text = f"{error.code.name}: {error.message or 'no reason given'}"
+            text = refusal(error, presented is not None or self._token is not None)
             if opened and _is_reconnect(error):
                 return "Reconnect", text
             return ("Error" if opened else "ConnectionError"), text
         except (HboneError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             return ("Error" if opened else "ConnectionError"), str(error) or type(error).__name__
+        except Exception as error:  # a fault of ours costs the stream, and what is in force stays in force
+            log.exception("the discovery stream failed")
+            return "Error", f"internal error: {type(error).__name__}"
         return "Complete", ""
 
     async def _converse(self, stream: MessageStream) -> None:
@@ -341,12 +346,13 @@ class DiscoveryClient:
         return rejected
 
     def _lost(self, text: str) -> None:
-        if self._stale_since is None and self._in_sync:
-            self._stale_since = self._wall()
+        was_in_sync = self._in_sync
         self._connected_since = None
         self._synced.clear()
         self._last_error = text or None
-        self._applied()
+        if was_in_sync:
+            self._stale_since = self._wall()
+            self._applied()  # so that the disk knows since when, too
 
 
 def _is_reconnect(error: GrpcError) -> bool:

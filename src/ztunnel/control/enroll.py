@@ -22,6 +22,7 @@ from OpenSSL import SSL
 from hbone.daemon.files import write_private
 from hbone.errors import ConfigurationError
 from hbone.identity import SpiffeId
+from ztunnel.config import DEFAULT_STATE_DIR, Config
 from ztunnel.control.ca import CaClient, read_answer
 from ztunnel.control.transport import (
     ControlPlaneError,
@@ -33,7 +34,7 @@ from ztunnel.control.transport import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from pathlib import Path
 
     from hbone.identity import Identity
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from ztunnel.control.transport import Dial, ServerAddress
     from ztunnel.wire.token import EnrolmentToken
 
-__all__ = ["Enrolment", "enroll", "fetch_chain", "load_enrolment", "pinned_root"]
+__all__ = ["Enrolment", "enroll", "fetch_chain", "load_enrolment", "pinned_root", "settings"]
 
 HANDSHAKE_TIMEOUT = 5.0
 ATTEMPTS = 3
@@ -98,6 +99,19 @@ def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("expected a text")
     return value
+
+
+def settings(environ: Mapping[str, str]) -> Config:
+    """The settings; those that an enrolment stands for are used where the environment has none.
+
+    Raises:
+        ConfigurationError: a variable is wrong.
+    """
+    config = Config.from_env(environ)
+    enrolment = load_enrolment(config.state_dir or DEFAULT_STATE_DIR)
+    if enrolment is None:
+        return config
+    return Config.from_env({**enrolment.environment(), **environ})
 
 
 async def fetch_chain(address: ServerAddress) -> list[x509.Certificate]:

@@ -213,6 +213,10 @@ class SvidManager:
                 if spiffe_id == self._wanted:
                     self._note_failure(str(error))
                 continue
+            except Exception as error:  # a fault of ours costs this attempt; the certificate in use stays
+                log.exception("asking for a certificate failed")
+                self._note_failure(f"internal error: {type(error).__name__}")
+                continue
             if spiffe_id != self._wanted:
                 continue  # asked for another meanwhile
             self._install(identity, save=True)

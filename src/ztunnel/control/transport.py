@@ -18,7 +18,7 @@ import trio
 from cryptography import x509
 
 from hbone.errors import ConfigurationError, HboneError, IdentityError, TlsError
-from hbone.grpc import GrpcConfig, GrpcUnavailable
+from hbone.grpc import GrpcConfig, GrpcError, GrpcUnavailable, StatusCode
 from hbone.tls import TlsContext
 from hbone.trio.grpc import GrpcClient, GrpcStream
 
@@ -43,6 +43,7 @@ __all__ = [
     "Unreachable",
     "grpc_dialer",
     "open_stream",
+    "refusal",
     "request_metadata",
     "tls_context",
 ]
@@ -414,6 +415,19 @@ def keepalive(stream: trio.SocketStream) -> None:
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+
+
+def refusal(error: GrpcError, introduced: bool) -> str:
+    """A gRPC status in words.
+
+    Args:
+        error: The status.
+        introduced: Whether a token or a certificate was shown; else that is why, and the remedy is told.
+    """
+    text = f"{error.code.name}: {error.message or 'no reason given'}"
+    if error.code is StatusCode.UNAUTHENTICATED and not introduced:
+        text += "; this host has neither a token nor a valid certificate: set AUTH_TOKEN, or run 'ztunnel enroll'"
+    return text
 
 
 def request_metadata(token: TokenSource | None, cluster_id: str, headers: Sequence[tuple[str, str]]) -> Metadata:

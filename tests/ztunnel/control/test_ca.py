@@ -152,8 +152,10 @@ async def test_ca_that_refuses_is_named_with_its_reason(autojump_clock: trio.tes
         raise GrpcError(StatusCode.UNAUTHENTICATED, "authentication failure")
 
     control.on_unary = refuse
-    with pytest.raises(ControlPlaneError, match="UNAUTHENTICATED: authentication failure"):
+    with pytest.raises(ControlPlaneError, match=r"UNAUTHENTICATED: authentication failure.* run 'ztunnel enroll'"):
         await CaClient(control.dial, lifetime=60, wall=wall).create(ME, None)
+    with pytest.raises(ControlPlaneError, match=r"UNAUTHENTICATED: authentication failure$"):
+        await CaClient(control.dial, lifetime=60, wall=wall, token=TokenSource(value="t")).create(ME, None)
 
 
 async def test_ca_that_hangs_is_given_up_after_ten_seconds(autojump_clock: trio.testing.MockClock) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 from tests.support.control_plane import Authority, ScriptedControlPlane
+from tests.support.daemon import Warnings
 
 from hbone.errors import ConfigurationError
 from hbone.identity import SpiffeId
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hbone.identity import Identity
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the module warned of."""
+    log = Warnings()
+    monkeypatch.setattr("ztunnel.control.cache.log", log)
+    return log.lines
+
 
 ME = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/web")
 CA = Authority(at=time.time())
@@ -53,7 +63,7 @@ async def test_identity_is_read_back_with_key_and_roots(state: StateDir) -> None
 
 
 async def test_expired_foreign_or_damaged_identity_is_refused_with_one_warning(
-    state: StateDir, caplog: pytest.LogCaptureFixture
+    state: StateDir, warnings: list[str]
 ) -> None:
     state.save_identity(await identity())
     path = state.path / "svid.pem"
@@ -66,7 +76,6 @@ async def test_expired_foreign_or_damaged_identity_is_refused_with_one_warning(
     path.write_bytes(whole)
     (state.path / "roots.pem").write_text(Authority(name="other", at=time.time()).root_pem)
     assert load(state) is None
-    warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 7
     assert all("saved certificate not used" in text for text in warnings)
     assert not any("-----BEGIN" in text for text in warnings)
@@ -83,12 +92,12 @@ async def test_key_of_another_certificate_is_refused(state: StateDir) -> None:
     assert load(state) is None
 
 
-def test_nothing_saved_is_no_warning(state: StateDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_saved_is_no_warning(state: StateDir, warnings: list[str]) -> None:
     assert load(state) is None
     assert state.load_snapshot("w") is None
     assert state.roots_pem() is None
     state.touch_snapshot()
-    assert not caplog.records
+    assert not warnings
 
 
 def test_snapshot_is_read_back_with_the_time_it_was_current(state: StateDir) -> None:
@@ -189,13 +198,13 @@ async def test_what_is_left_is_written_when_it_is_stopped(state: StateDir) -> No
 
 
 async def test_failed_write_is_told_once_and_made_up_for(
-    state: StateDir, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    state: StateDir, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Source()
     writer = source.writer(state)
     good = state.save_snapshot
 
-    def full(data: bytes, workload: str) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state, "save_snapshot", full)
@@ -209,4 +218,5 @@ async def test_failed_write_is_told_once_and_made_up_for(
         while saved(state) is None:
             await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
-    assert sum("state not saved" in record.getMessage() for record in caplog.records) == 1
+    assert len(warnings) == 1
+    assert "state not saved" in warnings[0]

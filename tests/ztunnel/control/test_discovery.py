@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.support.control_plane import START, ScriptedControlPlane, ScriptedStream, wall
 
 from hbone.grpc import GrpcError, StatusCode
@@ -370,3 +372,37 @@ async def test_restart_from_a_snapshot_has_every_policy_and_tells_its_versions(
         await stream.request()
         assert set(second.store.policies) == {"shop/p"}
         nursery.cancel_scope.cancel()
+
+
+@given(
+    payload=st.binary(max_size=200)
+    | st.builds(
+        lambda fields: workload_pb2.Address(workload=workload_pb2.Workload(**fields)).SerializeToString(),
+        st.fixed_dictionaries(
+            {
+                "uid": st.sampled_from(["", "x", "y"]),
+                "namespace": st.text(max_size=5),
+                "service_account": st.text(max_size=5),
+                "trust_domain": st.text(max_size=5),
+                "addresses": st.lists(st.binary(max_size=17), max_size=3),
+                "tunnel_protocol": st.integers(0, 9),
+                "status": st.integers(0, 9),
+            }
+        ),
+    ),
+    url=st.sampled_from([ADDRESS_TYPE, AUTHORIZATION_TYPE]),
+)
+def test_any_payload_is_accepted_or_rejected_and_the_stream_goes_on(payload: bytes, url: str) -> None:
+    async def converse() -> None:
+        bench = Bench()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.client.run)
+            stream = await bench.opened()
+            stream.respond(url, [("x", "1", payload)], nonce="a1")
+            assert (await stream.request()).response_nonce == "a1"
+            stream.respond(url, [policy("p") if url == AUTHORIZATION_TYPE else workload("web")], nonce="a2")
+            assert not (await stream.request()).HasField("error_detail")
+            assert not bench.counters.terminations
+            nursery.cancel_scope.cancel()
+
+    trio.run(converse)

@@ -223,3 +223,22 @@ def test_backoff_doubles_with_a_fifth_of_jitter() -> None:
 
 def test_clock_begins_where_the_authority_is_valid() -> None:
     assert CA.root.not_valid_before_utc.timestamp() < START
+
+
+async def test_fault_of_ours_costs_an_attempt_and_not_the_process(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    bench = Bench(lifetime=100)
+    good = bench.control.on_unary
+
+    def broken(_: bytes) -> bytes:
+        raise KeyError("a bug")
+
+    bench.control.on_unary = broken
+    bench.svids.want(ME)
+    nursery.start_soon(bench.svids.run)
+    with pytest.raises(NoCertificate, match="internal error: KeyError"):
+        await bench.svids.fetch()
+    bench.control.on_unary = good
+    await trio.sleep(5)
+    assert bench.svids.current() is not None
