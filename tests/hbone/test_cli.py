@@ -45,7 +45,7 @@ def echo_once(answer: bytes = b"got ") -> Iterator[int]:
                 connection, _ = server.accept()
             except OSError:
                 return
-            with connection:
+            with connection, contextlib.suppress(ConnectionResetError):
                 data = b""
                 while part := connection.recv(65536):
                     data += part
