@@ -72,11 +72,11 @@ class ResponseFlag(enum.StrEnum):
 def address_text(address: tuple[IPv4Address | IPv6Address, int]) -> str:
     """`a.b.c.d:port` or `[v6]:port`, as authorities and logs write it."""
     ip, port = address
-    text = str(ip)  # formatting an address in an f-string costs three times as much
-    return f"[{text}]:{port}" if ip.version == 6 else f"{text}:{port}"
+    text = _text(ip)
+    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
 
-_text = functools.lru_cache(maxsize=4096)(str)
+_text = functools.lru_cache(maxsize=4096)(str)  # a connection writes the same few addresses several times
 
 
 class DataplaneError(Exception):

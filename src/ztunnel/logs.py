@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from hbone.daemon.logs import Bare, debugging, get_logger
+from hbone.daemon.logs import Bare, Shared, debugging, get_logger
 from ztunnel.errors import address_text
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ __all__ = ["INBOUND", "OUTBOUND", "AccessLog", "AccessRecord"]
 
 INBOUND = "inbound"
 OUTBOUND = "outbound"
+_KEPT = 1024
+"""Pairs of source and destination whose fields are kept written out."""
 
 
 class AccessRecord:
@@ -143,6 +145,7 @@ class AccessLog:
         self._log: Logger = get_logger("access")
         self._policy: Logger = get_logger("ztunnel.mesh.rbac")
         self._policy_level = "info" if policy_at_info else "debug"
+        self._kept: dict[tuple[Any, ...], tuple[Shared, tuple[Any, ...]]] = {}
 
     def opened(self, record: AccessRecord) -> None:
         """A connection's record was made; a line at debug level only."""
@@ -161,17 +164,40 @@ class AccessLog:
             now: Monotonic time, in seconds.
             error: Why it failed, if it did.
         """
-        fields = record.fields()
         # "Sent" is seen from the workload we serve: the client's bytes outbound, the server's inbound.
         outbound = record.direction == OUTBOUND
-        fields["bytes_sent"] = received if outbound else sent
-        fields["bytes_recv"] = sent if outbound else received
-        fields["duration"] = f"{max(0, int((now - record.opened_at) * 1000))}ms"
-        if error is None:
-            self._log.info("connection complete", **fields)
-            return
-        fields["error"] = str(error) or type(error).__name__
-        self._log.error("connection complete", **fields)
+        last: dict[str, Any] = {
+            "bytes_sent": received if outbound else sent,
+            "bytes_recv": sent if outbound else received,
+            "duration": f"{max(0, int((now - record.opened_at) * 1000))}ms",
+        }
+        method = "info"
+        if error is not None:
+            last["error"] = str(error) or type(error).__name__
+            method = "error"
+        first = {"src.addr": Bare(address_text(record.source))}
+        self._log.line(method, "connection complete", first, self._shared(record), last)
+
+    def _shared(self, record: AccessRecord) -> Shared:
+        """The fields that connections between the same two have in common: all but the source's port."""
+        parts = (
+            record.source_workload,
+            record.source_identity,
+            record.source_baggage,
+            record.destination_workload,
+            record.destination_identity,
+            record.service,
+        )
+        # By identity, since comparing workloads costs more than writing them out; `parts` is kept, so no id is reused.
+        key = (*map(id, parts), address_text(record.destination), record.hbone_authority, record.direction)
+        found = self._kept.get(key)
+        if found is None:
+            fields = record.fields()
+            del fields["src.addr"]
+            if len(self._kept) >= _KEPT:
+                self._kept.clear()
+            found = self._kept[key] = (Shared(fields), parts)
+        return found[0]
 
     def early_deny(
         self, direction: str, source: Address | None, destination: Address | None, error: DataplaneError | str

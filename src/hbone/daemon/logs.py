@@ -27,7 +27,18 @@ if TYPE_CHECKING:
 
     _Renderer = Callable[[Any, str, MutableMapping[str, Any]], str]
 
-__all__ = ["Bare", "Logger", "configure", "current_level", "debugging", "flush", "get_logger", "set_level", "shutdown"]
+__all__ = [
+    "Bare",
+    "Logger",
+    "Shared",
+    "configure",
+    "current_level",
+    "debugging",
+    "flush",
+    "get_logger",
+    "set_level",
+    "shutdown",
+]
 
 Format = Literal["plain", "json", "console"]
 
@@ -62,6 +73,9 @@ _SECRETS: Final = (
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+MAX_LABELS: Final = 256
+"""Field names whose JSON form is kept."""
+_labels: Final[dict[str, str]] = {}
 _json_text: Final = json.encoder.encode_basestring_ascii
 
 
@@ -74,40 +88,89 @@ class Bare(str):
 class Logger(structlog.BoundLoggerBase):
     """A structlog logger whose level can change while it is in use; a line below it costs one comparison."""
 
+    def _emit(self, method: str, event: str, fields: dict[str, Any]) -> None:
+        if self._processors is not _PROCESSORS:  # the program has its own
+            self._proxy_to_logger(method, event, **fields)
+            return
+        if self._context:
+            fields = {**self._context, **fields}
+        fields["event"] = event
+        getattr(self._logger, method)(_render(self._logger, method, fields))
+
     def trace(self, event: str, **fields: Any) -> None:
         """Log for whoever follows single frames."""
         if _state.level <= 5:
-            self._proxy_to_logger("trace", event, **fields)
+            self._emit("trace", event, fields)
 
     def debug(self, event: str, **fields: Any) -> None:
         """Log for whoever looks for a fault."""
         if _state.level <= 10:
-            self._proxy_to_logger("debug", event, **fields)
+            self._emit("debug", event, fields)
 
     def info(self, event: str, **fields: Any) -> None:
         """Log what an operator wants to know in normal operation."""
         if _state.level <= 20:
-            self._proxy_to_logger("info", event, **fields)
+            self._emit("info", event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
         """Log that a peer misbehaved, or that something works less well than it should."""
         if _state.level <= 30:
-            self._proxy_to_logger("warning", event, **fields)
+            self._emit("warning", event, fields)
 
     def error(self, event: str, **fields: Any) -> None:
         """Log that we failed."""
         if _state.level <= 40:
-            self._proxy_to_logger("error", event, **fields)
+            self._emit("error", event, fields)
 
     def exception(self, event: str, **fields: Any) -> None:
         """Log that we failed, with the exception being handled."""
         fields.setdefault("exc_info", True)
         self.error(event, **fields)
 
+    def line(self, method: str, event: str, first: dict[str, Any], shared: Shared, last: dict[str, Any]) -> None:
+        """Log, with fields between `first` and `last` that other lines have too. For lines of every connection."""
+        if _state.level > LEVELS[method]:
+            return
+        render = _state.render_fields
+        if render is None or self._context or self._processors is not _PROCESSORS:
+            self._emit(method, event, {**first, **shared.fields, **last})
+            return
+        _redact(last)
+        level = "warn" if method == "warning" else method
+        name = self._logger.name
+        if render is _json_fields:
+            start = (
+                f'{{"level":"{level}","time":"{_timestamp()}","scope":{_json_text(name)},"message":{_json_text(event)}'
+            )
+            line = start + render(first) + shared.text() + render(last) + "}"
+        else:
+            parts = filter(None, (render(first), shared.text(), render(last)))
+            line = f"{_timestamp()}\t{level}\t{_short(name)}\t{_escape(event)}\t" + " ".join(parts)
+        getattr(self._logger, method)(_redact_line(line))
+
     def log(self, level: str, event: str, **fields: Any) -> None:
         """Log at the level of that name."""
         if _state.level <= LEVELS[level]:
-            self._proxy_to_logger(level, event, **fields)
+            self._emit(level, event, fields)
+
+
+class Shared:
+    """Fields that many lines have in common, written out once for the format in force."""
+
+    __slots__ = ("_epoch", "_text", "fields")
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        _redact(fields)
+        self.fields = fields
+        self._epoch = -1
+        self._text = ""
+
+    def text(self) -> str:
+        """The fields as a line has them."""
+        if self._epoch != _state.epoch:
+            self._epoch = _state.epoch
+            self._text = _state.render_fields(self.fields) if _state.render_fields is not None else ""
+        return self._text
 
 
 class _Named:
@@ -204,6 +267,10 @@ class _State:
         self.level = LEVELS["info"]
         self.writer: _Writer | None = None
         self.render: _Renderer = _render_message
+        self.render_fields: Callable[[Mapping[str, Any]], str] | None = None
+        """Fields of a line whose parts can be joined; None where they cannot."""
+        self.epoch = 0
+        """How often `configure` and `shutdown` were called."""
 
     def write(self, name: str, level: int, line: str) -> None:
         if self.writer is not None:
@@ -239,6 +306,7 @@ def configure(format: Format = "plain", level: str = "info", *, stream: TextIO |
     set_level(level)
     shutdown()
     _state.render = renderers[format]()
+    _state.render_fields = {"plain": _plain_fields, "json": _json_fields}.get(format)
     _state.writer = _Writer(output)
     structlog.configure(
         processors=_PROCESSORS, wrapper_class=Logger, logger_factory=_Named, cache_logger_on_first_use=True
@@ -289,6 +357,8 @@ def shutdown(timeout: float = 1.0) -> None:
     """Write what waits, for `timeout` seconds at most, and end the writer. Called at exit."""
     writer, _state.writer = _state.writer, None
     _state.render = _render_message
+    _state.render_fields = None
+    _state.epoch += 1
     if writer is not None:
         writer.close(timeout)
 
@@ -304,13 +374,20 @@ def _timestamp() -> str:
 def _render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
     if "exc_info" in fields:
         fields = structlog.processors.format_exc_info(logger, method, fields)
+    _redact(fields)
+    fields["time"] = _timestamp()
+    return _redact_line(_state.render(logger, method, fields))
+
+
+def _redact(fields: MutableMapping[str, Any]) -> None:
     for name, value in fields.items():
         if name in _SECRET_NAMES:
             fields[name] = _REDACTED
         elif type(value) is str and len(value) > MAX_VALUE:
             fields[name] = value[:MAX_VALUE] + "..."
-    fields["time"] = _timestamp()
-    line = _state.render(logger, method, fields)
+
+
+def _redact_line(line: str) -> str:
     for mark, pattern in _SECRETS:  # cheap look first: nearly no line has one
         if mark in line:
             line = pattern.sub(_replacement, line)
@@ -336,7 +413,11 @@ def _message_and_fields(fields: MutableMapping[str, Any]) -> str:
     message = _escape(str(fields.pop("event")))
     if not fields:
         return message
-    return message + "\t" + " ".join([f"{_escape(name)}={_plain_value(value)}" for name, value in fields.items()])
+    return message + "\t" + _plain_fields(fields)
+
+
+def _plain_fields(fields: Mapping[str, Any]) -> str:
+    return " ".join([f"{_escape(name)}={_plain_value(value)}" for name, value in fields.items()])
 
 
 def _plain_value(value: Any) -> str:
@@ -379,16 +460,26 @@ def _render_json(logger: Any, method: str, fields: MutableMapping[str, Any]) -> 
     level = "warn" if method == "warning" else method
     line = f'{{"level":"{level}","time":"{stamp}","scope":{_json_text(logger.name)}'
     line += f',"message":{_json_text(str(message))}'
-    # A flat object of texts and numbers, a line for each connection: half the cost of a general encoder.
+    return line + _json_fields(fields) + "}"
+
+
+def _json_fields(fields: Mapping[str, Any]) -> str:
+    """A flat object of texts and numbers, once a connection: half the cost of a general encoder."""
+    text = ""
     for name, value in fields.items():
+        label = _labels.get(name)
+        if label is None:
+            label = f",{_json_text(name)}:"
+            if len(_labels) < MAX_LABELS:
+                _labels[name] = label
         kind = type(value)
         if kind is str or kind is Bare:
-            line += f",{_json_text(name)}:{_json_text(value)}"
+            text += label + _json_text(value)
         elif kind is int:
-            line += f",{_json_text(name)}:{value}"
+            text += f"{label}{value}"
         else:
-            line += f",{_json_text(name)}:{json.dumps(value, default=_json_value)}"
-    return line + "}"
+            text += label + json.dumps(value, default=_json_value)
+    return text
 
 
 def _json_value(value: Any) -> Any:

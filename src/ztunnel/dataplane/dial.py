@@ -83,7 +83,7 @@ class Dial:
         """
         reactor = self._reactor
         try:
-            sock = self._calls.dial(address, source=source)
+            sock = self._calls.dial(address, source=source, local=local)
         except OSError as exc:
             error = ConnectFailed(exc.strerror or str(exc))
             reactor.later(lambda: self._user.dial_failed(error))
