@@ -30,7 +30,6 @@ from hbone.errors import (
 from hbone.identity import same_trust_domain
 from hbone.trio import ConnectionPool, serve_listeners
 from hbone.trio.client import open_quiet_nursery
-from ztunnel.app import Mesh
 from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import settings
 from ztunnel.control.svids import NoCertificate
@@ -45,6 +44,7 @@ from ztunnel.errors import (
     TunnelRejected,
     address_text,
 )
+from ztunnel.membership import Membership
 from ztunnel.mesh import Connection, decide, parse_ip
 from ztunnel.mesh.inbound import inbound
 from ztunnel.mesh.route import Refused, Resolve, Tunnel, route
@@ -74,7 +74,7 @@ log = get_logger("ztunnel.embed")
 class _Certificate:
     """The certificate for `hbone.trio`, which asks a source that raises where there is none."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Membership) -> None:
         self._svids = mesh.svids
         self.subscribe = mesh.svids.subscribe
 
@@ -133,7 +133,7 @@ class Ztunnel:
         self._address: Address | None = None
         self._budget = WindowBudget(self.config.window_budget)
         self._ready = trio.Event()
-        self._mesh: Mesh | None = None
+        self._mesh: Membership | None = None
 
     # life
 
@@ -145,7 +145,7 @@ class Ztunnel:
             if self.config.state_dir is not None:
                 state = StateDir.open(self.config.state_dir)
                 stack.callback(state.release)
-            self._mesh = mesh = Mesh(
+            self._mesh = mesh = Membership(
                 self.config,
                 Metrics(self.config.istio_version),
                 state,
@@ -181,7 +181,7 @@ class Ztunnel:
         await self._known().first_picture()
         self._ready.set()
 
-    def _known(self) -> Mesh:
+    def _known(self) -> Membership:
         if self._mesh is None:
             raise ConfigurationError("a Ztunnel is used inside its 'async with' block")
         return self._mesh
@@ -220,7 +220,7 @@ class Ztunnel:
         except trio.TooSlowError:
             raise ConnectFailed(f"{host}:{port} did not answer within {CONNECT_TIMEOUT:g} s") from None
 
-    async def _connect(self, mesh: Mesh, host: str, port: int) -> trio.abc.HalfCloseableStream:
+    async def _connect(self, mesh: Membership, host: str, port: int) -> trio.abc.HalfCloseableStream:
         source = await self._local.wait()
         destination = await self._destination(mesh, source, host, port)
         found = route(mesh.store, source, destination, network=self.config.network, rng=self._rng)
@@ -236,7 +236,7 @@ class Ztunnel:
         except OSError as error:
             raise ConnectFailed(f"{address_text(found.address)}: {_reason(error)}") from error
 
-    async def _destination(self, mesh: Mesh, source: Workload, host: str, port: int) -> Address:
+    async def _destination(self, mesh: Membership, source: Workload, host: str, port: int) -> Address:
         bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
         try:
             authority = Authority.parse(f"{bracketed}:{port}")
@@ -252,7 +252,7 @@ class Ztunnel:
         hint = source.addresses[0] if source.addresses else parse_ip("0.0.0.0")
         return await resolve(authority.host, hint), port
 
-    async def _tunnel(self, mesh: Mesh, source: Workload, found: Tunnel) -> HboneStream:
+    async def _tunnel(self, mesh: Membership, source: Workload, found: Tunnel) -> HboneStream:
         ip, port = found.next_hop
         request = ConnectRequest(
             authority=Authority.parse(found.authority),

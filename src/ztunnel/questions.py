@@ -13,7 +13,7 @@ from ztunnel.mesh import parse_ip
 from ztunnel.mesh.explain import explain
 
 if TYPE_CHECKING:
-    from ztunnel.app import Mesh
+    from ztunnel.membership import Membership
     from ztunnel.mesh import IpAddress, Store, Workload
 
 __all__ = ["answer", "find_workload", "resolve"]
@@ -22,7 +22,7 @@ LOOKUP_TIMEOUT = 5.0
 """Seconds for a name that the mesh does not know."""
 
 
-async def answer(mesh: Mesh, destination: str, source: str | None) -> dict[str, Any]:
+async def answer(mesh: Membership, destination: str, source: str | None) -> dict[str, Any]:
     """Ask the functions that connections ask.
 
     Args:

@@ -50,6 +50,8 @@ __all__ = [
 
 CONNECT_TIMEOUT = 5.0
 """Seconds for TCP and TLS to the control plane together, each. Source: Istio's ztunnel, connect timeout of 15012."""
+MAX_ADDRESSES = 8
+"""Addresses of the control plane's name that are tried."""
 KEEPALIVE = (300, 75, 9)
 """TCP keepalive of control-plane connections: idle seconds, interval seconds, probes."""
 MAX_RESPONSE = 200 * 1024 * 1024
@@ -381,8 +383,10 @@ async def open_stream(
             found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise Unreachable(f"the control plane's name {address.host} has no address: {error.strerror}") from None
-        share = CONNECT_TIMEOUT / max(1, len(found))
-        for family, kind, protocol, _, target in found[:8]:
+        except UnicodeError:
+            raise Unreachable(f"the control plane's name {address.host} is no host name") from None
+        share = CONNECT_TIMEOUT / min(max(1, len(found)), MAX_ADDRESSES)
+        for family, kind, protocol, _, target in found[:MAX_ADDRESSES]:
             sock = trio.socket.socket(family, kind, protocol)
             try:
                 if mark is not None:
@@ -395,7 +399,7 @@ async def open_stream(
                 reasons.append(f"no answer within {share:g} s")
                 sock.close()
             except OSError as error:
-                reasons.append((error.strerror or str(error)).lower())
+                reasons.append(os.strerror(error.errno).lower() if error.errno else str(error))
                 sock.close()
             except BaseException:
                 sock.close()
