@@ -226,9 +226,9 @@ async def echo(stream: trio.SocketStream) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_pair(**config: Any) -> AsyncIterator[Pair]:
+async def open_pair(*, poller: Any = None, **config: Any) -> AsyncIterator[Pair]:
     """Two hosts on one reactor, as a task of the test's own Trio."""
-    reactor = Reactor()
+    reactor = Reactor(poller=poller)
     store = Store()
     client = make_host(reactor, store, "client", **config)
     server = make_host(reactor, store, "server", **config)
