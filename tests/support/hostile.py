@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["SILENT", "Application", "HostilePeer", "Neighbour", "Siege", "rss", "siege"]
+__all__ = ["SILENT", "Application", "HostilePeer", "Neighbour", "Siege", "exchange", "is_closed", "rss", "siege"]
 
 SILENT = 9001
 """Port of an application that accepts and never reads; 9002 is one that sends a MiB at once and reads nothing."""
@@ -182,6 +182,43 @@ class Siege:
                 await trio.sleep(0.05)
                 found = descriptors(self.pid)
         return found
+
+
+async def exchange(
+    address: str, port: int, data: bytes, *, source: str | None = None, seconds: float = 15.0, eof: bool = True
+) -> bytes:
+    """Send `data`, perhaps the end, and read to the other one's end; a reset counts as that too."""
+    answer = b""
+    with trio.fail_after(seconds):
+        stream = await trio.open_tcp_stream(address, port, local_address=source)
+        async with stream, trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await stream.send_all(data)
+                    if eof:
+                        await stream.send_eof()
+
+            nursery.start_soon(send)
+            try:
+                while part := await stream.receive_some():
+                    answer += part
+            except trio.BrokenResourceError:
+                pass
+            nursery.cancel_scope.cancel()
+    return answer
+
+
+async def is_closed(stream: trio.SocketStream, *, seconds: float = 20.0) -> bool:
+    """Whether the other end closes in time; what it says before is dropped."""
+    with trio.move_on_after(seconds):
+        try:
+            while await stream.receive_some():
+                pass
+        except trio.BrokenResourceError:
+            pass
+        return True
+    return False
 
 
 class Neighbour:

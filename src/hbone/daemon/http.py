@@ -46,7 +46,7 @@ class HttpLimits:
     """What one peer may cost the process."""
 
     connections: int = attrs.field(default=100, validator=between(1, 100_000))
-    """Open at once; one more is closed at once."""
+    """Open at once; one more takes the place of the one that has waited longest without a request, or is closed."""
     header_bytes: int = attrs.field(default=16 * KIB, validator=between(1 * KIB, MIB))
     """Request line and header fields, in bytes."""
     body_bytes: int = attrs.field(default=MIB, validator=between(0, 1 << 40))
@@ -154,7 +154,7 @@ class _Server:
     def __init__(self, app: App, limits: HttpLimits, hosts: Collection[str] | None) -> None:
         self._limits = limits
         self._app = _GuardedApp(app, limits, hosts)
-        self._open: set[_BoundedStream] = set()
+        self._open: dict[_BoundedStream, None] = {}
 
     async def run(
         self,
@@ -186,18 +186,27 @@ class _Server:
                 _log.error("cannot accept", error=(error.strerror or "").lower())
                 await trio.sleep(0.1)
                 continue
-            if len(self._open) >= self._limits.connections:
+            if len(self._open) >= self._limits.connections and not self._make_room():
                 accepted.socket.close()
                 continue
             stream = _BoundedStream(accepted, accepted.socket, self._limits.write_seconds)
-            self._open.add(stream)
+            self._open[stream] = None
             nursery.start_soon(self._serve, stream)
+
+    def _make_room(self) -> bool:
+        """Close the connection that has been open longest without a request: silence must not keep others out."""
+        for stream in self._open:
+            if stream.idle:
+                del self._open[stream]
+                stream.socket.close()
+                return True
+        return False
 
     async def _serve(self, stream: _BoundedStream) -> None:
         try:
             await _serve_connection(self._app, stream, self._limits)
         finally:
-            self._open.discard(stream)
+            self._open.pop(stream, None)
             stream.socket.close()
 
 
@@ -246,6 +255,9 @@ class _BoundedStream(trio.abc.HalfCloseableStream):
         self._stream = stream
         self._write_seconds = write_seconds
         self._early = b""
+        self._sending = trio.Lock()
+        self.idle = True
+        """No request is being answered."""
         self.socket = socket
 
     async def peek(self, nbytes: int) -> bytes:
@@ -266,17 +278,20 @@ class _BoundedStream(trio.abc.HalfCloseableStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         try:
             with trio.fail_after(self._write_seconds):
-                await self._stream.send_all(data)
+                async with self._sending:  # an error, or the end, may be told while a page is sent
+                    await self._stream.send_all(data)
         except trio.TooSlowError:
             self.socket.close()
             await trio.aclose_forcefully(self._stream)
             raise trio.BrokenResourceError("the peer did not read its response in time") from None
 
     async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
+        async with self._sending:
+            await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
-        await self._stream.send_eof()
+        async with self._sending:
+            await self._stream.send_eof()
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -409,7 +424,7 @@ _server_class: type[TCPServer] | None = None
 
 
 def _make_server_class() -> type[TCPServer]:
-    from hypercorn.events import Closed
+    from hypercorn.events import Closed, Updated
     from hypercorn.protocol.h11 import H11Protocol
     from hypercorn.trio.tcp_server import TCPServer
 
@@ -430,6 +445,11 @@ def _make_server_class() -> type[TCPServer]:
 
     class Http1Server(TCPServer):
         """Hypercorn's connection with that protocol in place."""
+
+        async def protocol_send(self, event: Any) -> None:
+            if isinstance(event, Updated):
+                cast(Any, self.stream).idle = event.idle
+            await super().protocol_send(event)
 
         async def _read_data(self) -> None:
             made = self.protocol

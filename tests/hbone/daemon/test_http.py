@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -195,12 +196,29 @@ def served_connections(stream: trio.SocketStream) -> list[str]:
         return [line for line in table if line.split()[2].endswith(port) and line.split()[3] == "01"]
 
 
-async def test_a_connection_over_the_limit_is_closed_at_once() -> None:
+async def test_a_connection_over_the_limit_takes_the_place_of_the_most_silent_one() -> None:
+    async with serving(limits=HttpLimits(connections=2)) as served:
+        first, second = await served.open(), await served.open()
+        for stream in (first, second):
+            await stream.send_all(b"GET /")
+        with trio.fail_after(5):
+            assert (await served.exchange(LAST)).startswith(b"HTTP/1.1 200")
+            with contextlib.suppress(trio.BrokenResourceError):
+                assert await first.receive_some() == b""
+        await second.send_all(b"ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await second.receive_some()).startswith(b"HTTP/1.1 200")
+        await first.aclose()
+        await second.aclose()
+
+
+async def test_a_connection_over_the_limit_is_closed_when_all_are_being_answered() -> None:
     async with serving(limits=HttpLimits(connections=2)) as served:
         held = [await served.open(), await served.open()]
         for stream in held:
-            await stream.send_all(b"GET /")
+            await stream.send_all(b"GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n")
         with trio.fail_after(5):
+            for stream in held:
+                assert (await stream.receive_some(100)).startswith(b"HTTP/1.1 200")
             assert await served.exchange(LAST) == b""
             for stream in held:
                 await stream.aclose()
