@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hbone.pool import PoolKey
     from ztunnel.dataplane.reactor import Reactor
     from ztunnel.dataplane.sockets import SocketCalls
-    from ztunnel.dataplane.tunnel import StreamEnd
+    from ztunnel.dataplane.stream import StreamEnd
 
 __all__ = ["Dialer", "IdentitySource", "TunnelUser"]
 

@@ -16,7 +16,7 @@ from hbone.identity import same_trust_domain
 from hbone.tls import TlsContext
 from ztunnel.dataplane.connections import InboundConnection
 from ztunnel.dataplane.dial import Dial
-from ztunnel.dataplane.outbound import baggage_of
+from ztunnel.dataplane.plan import baggage_of
 from ztunnel.dataplane.relay import ENDS, Relay
 from ztunnel.dataplane.restraint import Restraint
 from ztunnel.dataplane.sockets import DONTWAIT
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from hbone.identity import Identity, SpiffeId
     from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.dialer import IdentitySource
-    from ztunnel.dataplane.tunnel import StreamEnd
+    from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.mesh.address import Address
     from ztunnel.mesh.workload import Workload
 

@@ -7,72 +7,46 @@ is chosen, and a tunnel stands. A Trio task is started only to wait for the cont
 from __future__ import annotations
 
 import random
-import socket
 from typing import TYPE_CHECKING, Any, Final
 
-import trio
-
-from hbone.connect import Authority, Baggage, ConnectRequest
 from hbone.errors import ErrorCode, LocalProtocolError
-from hbone.pool import PoolKey
 from ztunnel.dataplane.connections import AppConnection
 from ztunnel.dataplane.dial import Dial
+from ztunnel.dataplane.plan import Plan, baggage_of, resolve
 from ztunnel.dataplane.reactor import GONE, READ_WRITE
 from ztunnel.dataplane.relay import ENDS, Relay, join
-from ztunnel.dataplane.sockets import text_of
 from ztunnel.errors import (
     ConnectFailed,
     DataplaneError,
     Http2Failed,
     ReceiveFailed,
-    ResolutionFailed,
     TunnelRejected,
     address_text,
 )
 from ztunnel.logs import OUTBOUND, AccessRecord
-from ztunnel.mesh.address import parse_ip
 from ztunnel.mesh.route import Plain, Refused, Resolve, Tunnel, route
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Hashable
 
     from hbone.events import Headers
+    from hbone.pool import PoolKey
     from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.dialer import Dialer
-    from ztunnel.dataplane.tunnel import StreamEnd
+    from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
     from ztunnel.mesh.address import Address, IpAddress
     from ztunnel.mesh.store import Change
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["Outbound", "OutboundConnection", "resolve"]
+__all__ = ["Outbound", "OutboundConnection", "baggage_of", "resolve"]
 
-_RESOLVE_SECONDS: Final = 5.0
 _WATCH_AFTER: Final = 0.5  # seconds without an answer after which the app's own reset is watched for
 _ANSWER_SECONDS: Final = 20.0  # dial, certificate and CONNECT together; the far side has 10 s to reach its application
 _TRIES: Final = 3
 _PLANS: Final = 4096
 _GONE_FAR: Final = "the stream was reset: "
-
-
-async def resolve(hostname: str, hint: IpAddress) -> IpAddress:
-    """An address of a name, by the system's resolver; one of the hint's family if there is any.
-
-    Raises:
-        ResolutionFailed: none within five seconds.
-    """
-    found: list[IpAddress] = []
-    with trio.move_on_after(_RESOLVE_SECONDS) as scope:
-        try:
-            for entry in await trio.socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM):
-                found.append(parse_ip(str(entry[4][0])))
-        except (OSError, UnicodeError) as exc:
-            raise ResolutionFailed(hostname, str(exc)) from exc
-    if scope.cancelled_caught:
-        raise ResolutionFailed(hostname, f"no answer within {_RESOLVE_SECONDS:g} s")
-    if not found:
-        raise ResolutionFailed(hostname)
-    return random.choice([ip for ip in found if ip.version == hint.version] or found)
 
 
 class Outbound:
@@ -193,53 +167,6 @@ class Outbound:
                 connection.watch()
         if not self.pending:
             self.plane.reactor.unsweep(self)
-
-
-class Plan:
-    """What the connections of one route have in common; made once, and forgotten when the mesh changes."""
-
-    __slots__ = ("forwarded", "headers", "key", "route", "traffic")
-
-    def __init__(self, plane: Plane, source: Workload, found: Tunnel | Plain) -> None:
-        self.route = found
-        tunnel = isinstance(found, Tunnel)
-        self.traffic = plane.metrics.connection(
-            "source",
-            source,
-            source.identity if tunnel else None,
-            found.workload,
-            found.service,
-            None,
-            "mutual_tls" if tunnel else "unknown",
-        )
-        self.key: PoolKey | None = None
-        self.headers: Headers = ()
-        self.forwarded = b""
-        if isinstance(found, Tunnel):
-            ip, port = found.next_hop
-            self.key = PoolKey(source.identity, (text_of(ip), port), found.expected)
-            service = found.service
-            fields = ConnectRequest(
-                authority=Authority.parse(found.authority),
-                baggage=baggage_of(source),
-                forwarded_host=service.hostname if service is not None else None,
-            ).to_headers()
-            self.headers = tuple(field for field in fields if field[0] != b"forwarded")
-            self.forwarded = b"".join(b";" + value for name, value in fields if name == b"forwarded")
-
-
-def baggage_of(workload: Workload) -> Baggage:
-    """What we say of a workload. Source: ztunnel's baggage."""
-    return Baggage(
-        cluster=workload.cluster_id or None,
-        namespace=workload.namespace or None,
-        workload_type=workload.workload_type or None,
-        workload_name=workload.workload_name or None,
-        service_name=workload.canonical_name or None,
-        service_version=workload.canonical_revision or None,
-        region=workload.locality.region or None,
-        zone=workload.locality.zone or None,
-    )
 
 
 class OutboundConnection(AppConnection):

@@ -22,7 +22,7 @@ import itertools
 import os
 import select
 import time
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import structlog
 import trio
@@ -30,7 +30,9 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-__all__ = ["GONE", "READ", "READ_WRITE", "WRITE", "Flushable", "Handler", "Reactor", "Swept", "Timer"]
+    from ztunnel.dataplane.handlers import Closable, Flushable, Handler, Poller, Swept
+
+__all__ = ["GONE", "READ", "READ_WRITE", "WRITE", "Reactor", "Timer"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -51,51 +53,6 @@ _TURNS_PER_CHECKPOINT = 32
 _SWEEP_SECONDS = 1.0
 
 _log = structlog.get_logger("dataplane")
-
-
-class Handler(Protocol):
-    """What an event is given to."""
-
-    def on_event(self, mask: int) -> None:
-        """Something happened to the descriptor: bits of epoll."""
-
-    def on_fault(self) -> None:
-        """`on_event` raised: close the connection that it belongs to."""
-
-
-class Flushable(Protocol):
-    """Has bytes to send once, at the end of a turn."""
-
-    def flush(self) -> None:
-        """Send them."""
-
-    def on_fault(self) -> None:
-        """`flush` raised: close the connection that it belongs to."""
-
-
-class Swept(Protocol):
-    """Has deadlines that may be looked at once a second."""
-
-    def on_time(self, now: float) -> None:
-        """Do what is due."""
-
-
-class _Poller(Protocol):
-    """The part of `select.epoll` that is used."""
-
-    def register(self, fd: int, eventmask: int = ..., /) -> None: ...
-    def modify(self, fd: int, eventmask: int, /) -> None: ...
-    def unregister(self, fd: int, /) -> None: ...
-    def poll(self, timeout: float | None = ..., maxevents: int = ...) -> list[tuple[int, int]]: ...
-    def fileno(self) -> int: ...
-    def close(self) -> None: ...
-
-
-class _Closable(Protocol):
-    """A socket, as far as closing goes."""
-
-    def fileno(self) -> int: ...
-    def close(self) -> None: ...
 
 
 class Timer:
@@ -119,7 +76,7 @@ class Reactor:
         clock: seconds, monotonic; for tests.
     """
 
-    def __init__(self, *, poller: _Poller | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, poller: Poller | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._poller = poller or select.epoll()
         self.clock = clock
         self.now = clock()
@@ -133,7 +90,7 @@ class Reactor:
         """Trio's main is done; no task can be started any more."""
         self._later: list[Callable[[], object]] = []
         self._handshakes: collections.deque[Callable[[], object]] = collections.deque()
-        self._closing: list[_Closable] = []
+        self._closing: list[Closable] = []
         self._timers: list[tuple[float, int, Timer]] = []
         self._timer_ids = itertools.count()
         self._timer_set = trio.Event()
@@ -166,7 +123,7 @@ class Reactor:
         if self.handlers.pop(fd, None) is not None:
             self._poller.unregister(fd)
 
-    def close(self, sock: _Closable) -> None:
+    def close(self, sock: Closable) -> None:
         """Stop watching `sock` now, and close it when the turn ends.
 
         So its descriptor cannot be given to another socket while an event for it waits in the batch.

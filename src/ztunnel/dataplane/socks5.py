@@ -8,12 +8,14 @@ Source: RFC 1928.
 
 from __future__ import annotations
 
+import random
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Final
 
-from ztunnel.dataplane.outbound import resolve
+from ztunnel.dataplane.plan import resolve
 from ztunnel.dataplane.reactor import GONE, READ
 from ztunnel.dataplane.sockets import DONTWAIT
+from ztunnel.dns.answer import locate, zone_of
 from ztunnel.errors import (
     ConnectFailed,
     ConnectTimedOut,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.outbound import Outbound
     from ztunnel.mesh.address import Address, IpAddress
+    from ztunnel.mesh.workload import Workload
 
 __all__ = ["Socks5"]
 
@@ -79,6 +82,8 @@ class Socks5:
         self.plane = plane
         self.outbound = outbound
         self.greetings: dict[_Greeting, None] = {}
+        self._zone = zone_of(plane.config)
+        self._rng = random.Random()
 
     def accepted(self, sock: socket.SocketType, peer: Address) -> None:
         """A connection to 15080."""
@@ -86,6 +91,10 @@ class Socks5:
             self.plane.reactor.close(sock)
             return
         _Greeting(self, sock, peer)
+
+    def locate(self, source: Workload, name: str, peer: Address) -> list[IpAddress] | None:
+        """Where a name of the mesh leads, as the DNS proxy would say; None when the mesh does not own it."""
+        return locate(self.plane.store, source, name, self._zone, self._rng, peer[0].version)
 
     def close(self) -> None:
         """Cut the greetings."""
@@ -220,32 +229,36 @@ class _Greeting:
     # Onwards
 
     def _named(self, name: str, port: int) -> None:
-        """A service of the mesh by its host name, or a name of the system's resolver."""
-        plane = self._socks.plane
-        source = plane.local.current
-        service = plane.store.service_by_host(name, source.namespace if source is not None else None)
-        if service is not None and service.vips:
-            version = self._peer[0].version
-            own = [vip.ip for vip in service.vips if vip.network == plane.config.network]
-            ips = own or [vip.ip for vip in service.vips]
-            self._go((next((ip for ip in ips if ip.version == version), ips[0]), port))
+        """A name of the mesh, as the DNS proxy has it, or one of the system's resolver."""
+        source = self._socks.plane.local.current
+        found = self._socks.locate(source, name, self._peer) if source is not None else None
+        if found:
+            self._go((found[0], port))
             return
-        plane.reactor.remove(self._sock.fileno())
+        self._socks.plane.reactor.remove(self._sock.fileno())
         self._leave()
-        plane.reactor.start_task(self._resolve, name, port)
+        self._socks.plane.reactor.start_task(self._resolve, name, port)
 
     async def _resolve(self, name: str, port: int) -> None:
+        plane = self._socks.plane
         error: DataplaneError = ResolutionFailed(name, "cancelled")
         ip: IpAddress | None = None
         try:
-            ip = await resolve(name, self._peer[0])
+            # Who asks decides which names are the mesh's, and these are asked of nobody else.
+            found = self._socks.locate(await plane.local.wait(), name, self._peer)
+            if found is None:
+                ip = await resolve(name, self._peer[0])
+            elif found:
+                ip = found[0]
+            else:
+                error = ResolutionFailed(name, "its service has no address on this network")
         except DataplaneError as exc:
             error = exc
         finally:
             if ip is None:
                 self._answer(error)
-                self._socks.plane.log.early_deny(OUTBOUND, self._peer, None, error)
-                self._socks.plane.reactor.close(self._sock)
+                plane.log.early_deny(OUTBOUND, self._peer, None, error)
+                plane.reactor.close(self._sock)
         if ip is not None:
             self._hand_over((ip, port))
 

@@ -28,8 +28,8 @@ from hbone.events import (
 )
 from hbone.tls import IoBuffer
 from ztunnel.dataplane.reactor import GONE, READ_WRITE, WRITE
-from ztunnel.dataplane.relay import CHUNK, READ_BUFFER
 from ztunnel.dataplane.sockets import DONTWAIT
+from ztunnel.dataplane.stream import StreamEnd, StreamUser
 from ztunnel.errors import ConnectFailed, ConnectTimedOut, DataplaneError, Http2Failed, TlsFailed
 
 if TYPE_CHECKING:
@@ -44,14 +44,12 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.sockets import SocketCalls
     from ztunnel.mesh.address import Address
 
-__all__ = ["StreamEnd", "StreamUser", "Tunnel", "TunnelOwner"]
+__all__ = ["Tunnel", "TunnelOwner"]
 
 _CIPHERTEXT: Final = IoBuffer(256 * 1024)
 _OUT: Final = IoBuffer(256 * 1024)
 _OUT_VIEW: Final = memoryview(_OUT.array)
 _READS: Final = 2
-_FLUSH_AT_ONCE: Final = 32 * 1024  # a chunk that large is sent while it is in the cache; smaller ones share a send
-_SMALL_LIMIT: Final = 64 * 1024  # small frames that gather before they are sent in the middle of a turn
 _WAITING_LIMIT: Final = 256  # and twice the open streams: beyond that the closed ones are taken out
 _HANGUP: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _ANYTHING_ELSE: Final = ~WRITE
@@ -77,117 +75,6 @@ class TunnelOwner(Protocol):
 
     def connect_received(self, end: StreamEnd, headers: Headers) -> None:
         """Server: somebody asks for a stream; set `end.user`, and answer by `end.accept` or `end.reject`."""
-
-
-class StreamUser(Protocol):
-    """Whose stream it is."""
-
-    def stream_accepted(self, headers: Headers) -> None:
-        """Client: 200."""
-
-    def stream_refused(self, status: int) -> None:
-        """Client: another status; the stream is closed."""
-
-    def stream_reset(self, code: ErrorCode, *, processed: bool) -> None:
-        """The peer ended the stream abruptly. Not processed: it may be tried on another tunnel."""
-
-    def stream_lost(self, error: DataplaneError) -> None:
-        """The tunnel ended under it."""
-
-
-class StreamEnd:
-    """One stream of a tunnel, as the far end of a relay."""
-
-    __slots__ = (
-        "_capacity",
-        "_engine",
-        "_out",
-        "_send_from",
-        "closed",
-        "ended",
-        "relay",
-        "sent_end",
-        "stream_id",
-        "tunnel",
-        "user",
-        "waits",
-    )
-
-    def __init__(self, tunnel: Tunnel, stream_id: int) -> None:
-        self.tunnel = tunnel
-        self.stream_id = stream_id
-        self.user: StreamUser | None = None
-        self.relay: Relay | None = None
-        self.closed = False
-        """Both directions ended, or it was reset."""
-        self.ended = False
-        """The peer sent END_STREAM."""
-        self.sent_end = False
-        self.waits = False
-        self._engine = engine = tunnel.engine
-        self._capacity = engine.send_capacity
-        self._out = engine.out
-        self._send_from = tunnel.endpoint.send_from
-
-    # The far end of a relay
-
-    def room(self) -> int:
-        """Bytes that can be sent now; 0 puts it in the queue of those that wait."""
-        if not self.tunnel.blocked and not self.closed:
-            room = self._capacity(self.stream_id)
-            if room > 0:
-                return room if room < CHUNK else CHUNK
-        self.tunnel.wait(self)
-        return 0
-
-    def take(self, nbytes: int) -> None:
-        """Send what the relay has read."""
-        self._send_from(self.stream_id, READ_BUFFER, nbytes)
-        tunnel = self.tunnel
-        if nbytes >= _FLUSH_AT_ONCE or len(self._out) >= _SMALL_LIMIT:
-            tunnel.flush()
-        elif not tunnel.dirty:
-            tunnel.dirty = True
-            tunnel.reactor.dirty.append(tunnel)
-
-    def end(self) -> None:
-        """END_STREAM."""
-        if not self.closed:
-            self._engine.end_stream(self.stream_id)
-            self.sent_end = True
-            self.tunnel.mark_dirty()
-            if self.ended:
-                self.tunnel.forget(self)
-
-    def reset(self, code: ErrorCode) -> None:
-        """RST_STREAM."""
-        if not self.closed:
-            self._engine.reset(self.stream_id, code)
-            self.tunnel.mark_dirty()
-            self.tunnel.forget(self)
-
-    def credit(self, nbytes: int) -> None:
-        """The app took bytes that were kept."""
-        if not self.closed:
-            self._engine.release_capacity(self.stream_id, nbytes)
-            self.tunnel.mark_dirty()
-
-    # The server's answers
-
-    def accept(self, headers: Headers, relay: Relay) -> None:
-        """200; from here on the peer's bytes go to `relay`, those that came early at once."""
-        self.relay = relay
-        self._engine.accept(self.stream_id, headers, relay.deliver)
-        self.tunnel.mark_dirty()
-        if self.ended:
-            relay.finish()
-
-    def reject(self, status: int) -> None:
-        """Another status; the stream is closed."""
-        if not self.closed:
-            self._engine.reject(self.stream_id, status)
-            self.tunnel.mark_dirty()
-            self.tunnel.forget(self)
 
 
 class Tunnel:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from hbone.events import Headers
-    from ztunnel.dataplane.tunnel import StreamEnd
+    from ztunnel.dataplane.stream import StreamEnd
 
 
 @pytest.fixture
