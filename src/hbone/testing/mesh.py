@@ -258,9 +258,17 @@ class Mesh:
         workload: tuple[str, str, str],
         *,
         environment: Mapping[str, str] | None = None,
+        command: Sequence[str] | None = None,
         wait: bool = True,
     ) -> Ztunnel:
         """Start the ztunnel of `workload` (namespace, name, service account) on `host`, with a token of its own.
+
+        Args:
+            host: name of its host.
+            workload: whom it serves.
+            environment: settings beyond those that the mesh gives.
+            command: another program that takes the same settings.
+            wait: until it is ready.
 
         Raises:
             MeshError: it does not become ready.
@@ -294,7 +302,7 @@ class Mesh:
         ztunnel = Ztunnel(
             name=f"ztunnel {host}",
             host=machine,
-            command=[sys.executable, "-m", "ztunnel", "run"],
+            command=list(command or [sys.executable, "-m", "ztunnel", "run"]),
             environment=_environment(settings),
             log=self.directory / f"{host}.log",
             workload=workload,
