@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from tests.support.sizes import size
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hbone.testing.mesh import Mesh
+    from hbone.testing.mesh import Mesh, Ztunnel
 
 MIB = 1 << 20
 BLOCK = bytes(range(256)) * 1024
@@ -92,11 +93,20 @@ async def test_short_connections_are_none_lost_and_leave_nothing(tmp_path: Path,
         answered = await _many(running, count, at_once=32)
         assert answered == count
         assert await until(lambda: [descriptors(ztunnel.pid) for ztunnel in ztunnels] <= before)
-        for ztunnel, reporter in zip(ztunnels, ("source", "destination"), strict=True):
-            samples = await ztunnel.metrics()
-            opened = sum(v for k, v in samples.items() if k.startswith("istio_tcp_connections_opened_total"))
-            closed = sum(v for k, v in samples.items() if k.startswith("istio_tcp_connections_closed_total"))
-            assert (opened, closed) == (count + 1, count + 1), reporter
+        for ztunnel in ztunnels:
+            assert await until(functools.partial(_all_counted, ztunnel, count + 1)), await _counted(ztunnel)
+
+
+async def _counted(ztunnel: Ztunnel) -> tuple[float, float]:
+    """Connections opened and closed, by the metrics."""
+    samples = await ztunnel.metrics()
+    opened = sum(v for k, v in samples.items() if k.startswith("istio_tcp_connections_opened_total"))
+    closed = sum(v for k, v in samples.items() if k.startswith("istio_tcp_connections_closed_total"))
+    return opened, closed
+
+
+async def _all_counted(ztunnel: Ztunnel, count: int) -> bool:
+    return await _counted(ztunnel) == (count, count)
 
 
 async def _many(running: Mesh, count: int, *, at_once: int) -> int:
