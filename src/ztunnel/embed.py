@@ -35,11 +35,13 @@ from ztunnel.control.enroll import settings
 from ztunnel.control.svids import NoCertificate
 from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dataplane.outbound import baggage_of, resolve
+from ztunnel.dns.answer import locate, zone_of
 from ztunnel.errors import (
     ConnectFailed,
     DataplaneError,
     IdentityUnavailable,
     PolicyChanged,
+    ResolutionFailed,
     TlsFailed,
     TunnelRejected,
     address_text,
@@ -244,12 +246,12 @@ class Ztunnel:
             raise ConfigurationError(f"{host!r} and port {port} are no destination: {error}") from None
         if authority.ip is not None:
             return authority.ip, port
-        service = mesh.store.service_by_host(authority.host, source.namespace)
-        if service is not None:
-            for vip in service.vips:
-                if vip.network == self.config.network:
-                    return vip.ip, port
         hint = source.addresses[0] if source.addresses else parse_ip("0.0.0.0")
+        found = locate(mesh.store, source, authority.host, zone_of(self.config), self._rng, hint.version)
+        if found is not None:
+            if not found:
+                raise ResolutionFailed(authority.host, "its service has no address on this network")
+            return found[0], port
         return await resolve(authority.host, hint), port
 
     async def _tunnel(self, mesh: Membership, source: Workload, found: Tunnel) -> HboneStream:

@@ -9,10 +9,13 @@ import trio
 
 from hbone.connect import Authority, AuthorityError
 from hbone.errors import ConfigurationError
+from ztunnel.dns.answer import addresses, find, zone_of
+from ztunnel.dns.names import normal
 from ztunnel.mesh import parse_ip
 from ztunnel.mesh.explain import explain
 
 if TYPE_CHECKING:
+    from ztunnel.dns.answer import Zone
     from ztunnel.membership import Membership
     from ztunnel.mesh import IpAddress, Store, Workload
 
@@ -43,7 +46,7 @@ async def answer(mesh: Membership, destination: str, source: str | None) -> dict
     if authority.ip is not None:
         ip, how = authority.ip, None
     else:
-        ip, how = await resolve(mesh.store, authority.host, workload.namespace, mesh.config.network)
+        ip, how = await resolve(mesh.store, authority.host, workload, zone_of(mesh.config))
     found = explain(
         mesh.store,
         workload,
@@ -61,23 +64,23 @@ async def answer(mesh: Membership, destination: str, source: str | None) -> dict
     return found
 
 
-async def resolve(store: Store, host: str, namespace: str, network: str) -> tuple[IpAddress, str]:
-    """The address that an application would connect to, and where it is from: a service's VIP, else DNS.
+async def resolve(store: Store, host: str, client: Workload, zone: Zone) -> tuple[IpAddress, str]:
+    """The address that an application would connect to, and where it is from: the DNS proxy's answer, else DNS.
 
     Raises:
         ConfigurationError: the name has no address.
     """
-    service = store.service_by_host(host, namespace)
-    if service is not None:
-        for vip in service.vips:
-            if vip.network == network:
-                return vip.ip, f"is service {service.key} with virtual address"
-        for uid in store.endpoints(service):
-            workload = store.workload_by_uid(uid)
-            if workload is not None and workload.addresses:
-                return workload.addresses[
-                    0
-                ], f"is service {service.key} without a virtual address; an endpoint of it is"
+    match = find(store, client.namespace, normal(host), zone)
+    if match is not None:
+        service = match.service
+        for version in (4, 6):
+            for ip in addresses(store, service, client.network, version):
+                if service.vips:
+                    return ip, f"is service {service.key} with virtual address"
+                return ip, f"is service {service.key} without a virtual address; an endpoint of it is"
+        raise ConfigurationError(
+            f"{host!r} is service {service.key}, which has no address on network {client.network!r}"
+        )
     found: list[Any] = []
     with trio.move_on_after(LOOKUP_TIMEOUT):
         try:

@@ -63,7 +63,7 @@ class Store:
         self._by_hostname: dict[tuple[str, str], dict[str, Workload]] = {}
         self._vips: dict[str, dict[IpAddress, list[str]]] = {}  # network -> IP -> service keys, oldest first
         self._cidrs: dict[tuple[str, int], dict[int, dict[int, list[str]]]] = {}  # network, family -> length -> prefix
-        self._by_host: dict[str, list[str]] = {}  # hostname -> service keys, oldest first
+        self._by_host: dict[str, list[str]] = {}  # hostname in lower case -> service keys, oldest first
         self._members: dict[str, dict[str, Endpoint]] = {}  # service key -> uid -> endpoint; also of unknown services
         self._endpoints: dict[str, dict[str, Endpoint]] = {}  # the same, only what the service takes
         self._rejected: dict[str, RejectedResource] = {}
@@ -241,7 +241,7 @@ class Store:
         self.services[key] = service
         members = {**service.endpoints, **self._members.get(key, {})}
         self._endpoints[key] = {uid: endpoint for uid, endpoint in members.items() if service.takes(endpoint)}
-        self._by_host.setdefault(service.hostname, []).append(key)
+        self._by_host.setdefault(service.hostname.lower(), []).append(key)
         for vip in service.vips:
             self._vips.setdefault(vip.network, {}).setdefault(vip.ip, []).append(key)
         for network, cidr in service.cidrs:
@@ -252,7 +252,7 @@ class Store:
     def _remove_service(self, key: str) -> None:
         service = self.services.pop(key)
         del self._endpoints[key]
-        _remove(self._by_host, service.hostname, key)
+        _remove(self._by_host, service.hostname.lower(), key)
         for vip in service.vips:
             _remove(self._vips.get(vip.network, {}), vip.ip, key)
         for network, cidr in service.cidrs:
@@ -343,8 +343,13 @@ class Store:
 
     def service_by_host(self, hostname: str, namespace: str | None = None) -> Service | None:
         """The service of a host name, chosen among namespaces as `service_by_vip` does."""
-        keys = self._by_host.get(hostname) or self._by_host.get(hostname.lower())
+        keys = self._by_host.get(hostname.lower())
         return self._best(keys, namespace) if keys else None
+
+    def services_by_host(self, hostname: str) -> Iterator[Service]:
+        """Every service of a host name in lower case, oldest first."""
+        for key in self._by_host.get(hostname, ()):
+            yield self.services[key]
 
     def _best(self, keys: list[str], namespace: str | None) -> Service | None:
         chosen: Service | None = None
@@ -365,23 +370,6 @@ class Store:
     def members(self, service: Service) -> Mapping[str, Endpoint]:
         """All endpoints of a service, healthy or not."""
         return {**service.endpoints, **self._members.get(service.key, {})}
-
-    def addresses_of(self, hostname: str, namespace: str | None = None, network: str = "") -> list[IpAddress]:
-        """Where a host name of the mesh leads: a service's virtual addresses on `network`, or its endpoints'.
-
-        Args:
-            hostname: Name of a service; a trailing dot is ignored.
-            namespace: Of the client.
-            network: Network of this node; addresses of others are left out.
-        """
-        service = self.service_by_host(hostname.rstrip("."), namespace)
-        if service is None:
-            return []
-        if service.vips:
-            return [vip.ip for vip in service.vips if vip.network == network]
-        found = (self.workloads.get(uid) for uid in self.endpoints(service))
-        near = (workload for workload in found if workload is not None and workload.network == network)
-        return [ip for workload in near for ip in workload.addresses]
 
     def staged(self) -> dict[str, dict[str, Endpoint]]:
         """Endpoints that wait for their service."""

@@ -219,15 +219,13 @@ def test_own_namespace_beats_a_longer_range() -> None:
     assert found.name == "own"
 
 
-def test_hostname_leads_to_virtual_addresses_of_the_own_network_or_to_endpoints() -> None:
-    store = store_of(
-        service("web", "10.96.0.1", "far/10.96.0.2"),
-        service("headless"),
-        hbone("w", "10.2.0.1", services={"default/headless.default.svc.cluster.local": {}}),
-    )
-    assert store.addresses_of("web.default.svc.cluster.local.") == [parse_ip("10.96.0.1")]
-    assert store.addresses_of("headless.default.svc.cluster.local") == [parse_ip("10.2.0.1")]
-    assert store.addresses_of("unknown") == []
+def test_services_of_a_host_name_come_oldest_first_whatever_their_case() -> None:
+    first, second = service("web", namespace="b", hostname="Web.Example"), service("web", hostname="web.example")
+    store = store_of(first, second)
+    assert list(store.services_by_host("web.example")) == [first, second]
+    store.apply_addresses([], [first.key])
+    assert list(store.services_by_host("web.example")) == [second]
+    assert list(store.services_by_host("unknown")) == []
 
 
 def test_policy_that_changes_scope_leaves_its_old_place() -> None:
