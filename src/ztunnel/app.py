@@ -28,6 +28,8 @@ from hbone.errors import ConfigurationError, IdentityError
 from ztunnel import dump
 from ztunnel.admin import Readiness, admin_app, readiness_app, stats_app
 from ztunnel.dataplane import Dataplane, Reactor
+from ztunnel.dataplane.local import LocalWorkload
+from ztunnel.errors import address_text
 from ztunnel.logs import AccessLog
 from ztunnel.membership import Membership, timestamp
 from ztunnel.metrics import Metrics
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from ztunnel.control.ca import CertificateAuthority
     from ztunnel.control.cache import StateDir
     from ztunnel.control.transport import Dial
+    from ztunnel.dns.server import DnsProxy
 
     Pages = tuple[AsgiApp, Sequence[trio.SocketListener], tuple[str, ...] | None]
 
@@ -78,12 +81,26 @@ class Daemon:
             self.metrics,
             AccessLog(policy_at_info=config.policy_info_logging),
         )
-        self.readiness = Readiness("proxy", "state manager")
+        self.dns = self._make_dns() if config.dns_proxy else None
+        self.readiness = Readiness("proxy", "state manager", *(["dns proxy"] if config.dns_proxy else []))
         self._pages: dict[str, str] = {}
         self._stop = trio.Event()
         self._started = time.time()
         self._draining = False
         self._add_gauges()
+
+    def _make_dns(self) -> DnsProxy:
+        try:
+            from ztunnel.dns.server import make_proxy  # brings dnspython, 5 MB that only the DNS proxy needs
+        except ModuleNotFoundError as error:
+            if error.name != "dns":
+                raise
+            raise ConfigurationError(
+                "the DNS proxy needs dnspython, which is not installed; pip install 'hbone[ztunnel]',"
+                " or set ISTIO_META_DNS_CAPTURE=false to do without"
+            ) from None
+        local = LocalWorkload(self.mesh.store, self.mesh.served, self.config.node_name)
+        return make_proxy(self.config, self.mesh.store, local, self.metrics)
 
     # life
 
@@ -109,12 +126,17 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             pages = await self._listen(stack)
             stack.callback(self.dataplane.close)
+            if self.dns is not None:
+                stack.callback(self.dns.close)
+                self.dns.bind()
             self.dataplane.bind()
             self.mesh.restore()
             async with trio.open_nursery() as nursery:
                 for app, listeners, hosts in pages:
                     await nursery.start(functools.partial(serve_asgi, app, listeners, hosts=hosts))
                 await nursery.start(self._take_signals)
+                if self.dns is not None:
+                    await nursery.start(self.dns.run)
                 nursery.start_soon(self.mesh.run)
                 nursery.start_soon(self._begin)
                 task_status.started()
@@ -152,6 +174,9 @@ class Daemon:
         self.dataplane.start()
         self.readiness.done("state manager")
         self.readiness.done("proxy")
+        if self.dns is not None:
+            self.dns.start()
+            self.readiness.done("dns proxy")
         notify("READY=1", f"STATUS=serving {self.mesh.served}")
         store = self.mesh.store
         log.info("ready", workloads=len(store.workloads), services=len(store.services), policies=len(store.policies))
@@ -178,6 +203,8 @@ class Daemon:
         notify("STOPPING=1", "STATUS=draining")
         log.info("draining", connections=len(self.dataplane.connections), deadline=f"{self.config.drain_deadline:g}s")
         await self.dataplane.drain()
+        if self.dns is not None:
+            await self.dns.drain()  # last, as what still runs resolves names
         self.dataplane.close()
 
     # what the pages show
@@ -191,6 +218,7 @@ class Daemon:
         plane = self.dataplane
         tunnels = plane.tunnels()
         listeners = {name: _text(listener.sock.getsockname()) for name, listener in plane.listeners.items()}
+        dns = {"dns": address_text(self.dns.addresses[0])} if self.dns is not None and self.dns.addresses else {}
         return self.mesh.status() | {
             "version": version("hbone"),
             "pid": os.getpid(),
@@ -202,7 +230,7 @@ class Daemon:
                 "inbound": len(plane.connections.inbound),
                 "outbound": len(plane.connections.outbound),
             },
-            "listeners": listeners | self._pages,
+            "listeners": listeners | dns | self._pages,
             "keepsSources": plane.transparent,
         }
 

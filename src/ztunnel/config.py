@@ -22,6 +22,7 @@ from ztunnel.environment import (
     parse_path,
     parse_port,
     parse_seconds,
+    parse_servers,
     parse_url,
     parse_variable,
     prefixed,
@@ -29,11 +30,14 @@ from ztunnel.environment import (
     read_json_metadata,
     setting,
 )
-from ztunnel.proxyconfig import dns_warnings, read_proxy_config
+from ztunnel.errors import address_text
+from ztunnel.proxyconfig import read_dns, read_proxy_config
 
 if TYPE_CHECKING:
     import ipaddress
     from collections.abc import Callable, Mapping
+
+    from ztunnel.mesh.address import Address, IpAddress
 
 __all__ = ["DEFAULT_STATE_DIR", "Config", "Variable", "WorkloadInfo", "supported_variables"]
 
@@ -243,6 +247,11 @@ class Config:
     socks5_enabled: bool = setting(
         False, env="UNSTABLE_ENABLE_SOCKS5", parse=parse_bool, meaning="SOCKS5 listener on loopback"
     )
+    preferred_namespace: str | None = setting(
+        None,
+        env="PREFERED_SERVICE_NAMESPACE",
+        meaning="DNS: of services of one host name, those of this namespace win over others' that are not canonical",
+    )
     localhost_app_tunnel: bool = setting(
         True,
         env="LOCALHOST_APP_TUNNEL",
@@ -301,6 +310,20 @@ class Config:
         validator=_PORT,
     )
     socks5_port: int = setting(15_080, env="ZTUNNEL_SOCKS5_PORT", parse=parse_port, meaning="SOCKS5", validator=_PORT)
+    dns_port: int = setting(
+        15_053,
+        env="ZTUNNEL_DNS_PORT",
+        parse=parse_port,
+        meaning="DNS proxy, on loopback; wins over `DNS_PROXY_ADDR`",
+        validator=_PORT,
+    )
+    dns_servers: tuple[Address, ...] = setting(
+        (),
+        env="ZTUNNEL_DNS_SERVERS",
+        parse=parse_servers,
+        meaning="who knows the names that the mesh does not: `ip` or `ip:port`, with commas between",
+        shown="those of /etc/resolv.conf",
+    )
     admin_port: int = setting(
         15_000,
         env="ZTUNNEL_ADMIN_PORT",
@@ -327,6 +350,10 @@ class Config:
         validator=between(0, 2**40),
     )
 
+    dns_proxy: bool = True
+    """Whether the DNS proxy is on, by `DNS_CAPTURE` of the proxy metadata."""
+    dns_address: IpAddress | None = None
+    """Where it listens, by `DNS_PROXY_ADDR` of the proxy metadata; None is loopback."""
     proxy_metadata: Mapping[str, str] = attrs.field(factory=dict)
     """From `proxyMetadata` and `ISTIO_META_<key>`; told to discovery."""
     json_metadata: Mapping[str, Any] = attrs.field(factory=dict)
@@ -363,6 +390,16 @@ class Config:
         return "127.0.0.1"
 
     @property
+    def dns_hosts(self) -> tuple[IpAddress, ...]:
+        """Addresses of the DNS proxy: the one asked for, or loopback, of both families unless one is told."""
+        if self.dns_address is not None:
+            return (self.dns_address,)
+        hosts = [parse_address(self.loopback_host)]
+        if self.bind_address is None and self.ipv6_enabled:
+            hosts.append(parse_address("::1"))
+        return tuple(hosts)
+
+    @property
     def own_ports(self) -> frozenset[int]:
         """Ports of our own listeners, which nothing may be proxied to."""
         ports = {
@@ -375,6 +412,8 @@ class Config:
         }
         if self.socks5_enabled:
             ports.add(self.socks5_port)
+        if self.dns_proxy:
+            ports.add(self.dns_port)
         return frozenset(ports - {0})
 
     @property
@@ -398,7 +437,9 @@ class Config:
         for field in attrs.fields(Config):
             if field.repr:
                 value = getattr(self, field.name)
-                plain = value is None or isinstance(value, (bool, int, float, dict, tuple))
+                if field.name == "dns_servers":
+                    value = [address_text(server) for server in value]
+                plain = value is None or isinstance(value, (bool, int, float, dict, tuple, list))
                 values[_camel(field.name)] = value if plain else str(value)
         return values
 
@@ -440,6 +481,10 @@ _MORE = [
         "unset",
         "proxy metadata, told to discovery; `ISTIO_META_ISTIO_VERSION` is the version label",
     ),
+    Variable("ISTIO_META_DNS_CAPTURE", "true", "anything but `true` turns the DNS proxy off"),
+    Variable(
+        "ISTIO_META_DNS_PROXY_ADDR", "localhost:15053", "where the DNS proxy listens: `localhost:port`, `ip:port`"
+    ),
     Variable("ISTIO_METAJSON_<key>", "unset", "the same, parsed as JSON"),
 ]
 
@@ -453,7 +498,6 @@ _REFUSED: dict[str, tuple[Callable[[str], bool], str]] = {
 
 _IDLE: dict[str, tuple[Callable[[str], bool], str]] = {
     "XDS_ON_DEMAND": (exactly_true, "all resources are subscribed to"),
-    "PREFERED_SERVICE_NAMESPACE": (bool, "there is no DNS proxy yet"),
     "INPOD_UDS": (bool, "it belongs to shared mode"),
     "INPOD_PORT_REUSE": (bool, "it belongs to shared mode"),
     "ZTUNNEL_WORKER_THREADS": (bool, "one thread carries all traffic"),
@@ -501,6 +545,7 @@ def _from_env(environ: Mapping[str, str], directory: Path) -> Config:
     for key, name in (("proxyAdminPort", "admin_port"), ("statsPort", "stats_port")):
         if proxy[key] is not None:
             values[name] = proxy[key]
+    values |= read_dns(metadata)
     if "TERMINATION_GRACE_PERIOD_SECONDS" in environ:
         values["drain_deadline"] = parse_variable(environ, "TERMINATION_GRACE_PERIOD_SECONDS", parse_grace)
 
@@ -519,7 +564,6 @@ def _from_env(environ: Mapping[str, str], directory: Path) -> Config:
         raise ConfigurationError(
             "ENABLE_PROXY is false, and ztunnel run without any servers enabled does nothing; unset it"
         )
-    warnings += dns_warnings(metadata)
     values["xds_headers"] = read_headers(environ, "XDS_HEADER_")
     values["ca_headers"] = read_headers(environ, "CA_HEADER_")
     json_metadata, complaints = read_json_metadata(environ)

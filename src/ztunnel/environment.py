@@ -17,7 +17,7 @@ from ztunnel.mesh.address import parse_ip
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ztunnel.mesh.address import IpAddress
+    from ztunnel.mesh.address import Address, IpAddress
 
 __all__ = [
     "Variable",
@@ -32,6 +32,7 @@ __all__ = [
     "parse_path",
     "parse_port",
     "parse_seconds",
+    "parse_servers",
     "parse_text",
     "parse_url",
     "parse_variable",
@@ -102,6 +103,18 @@ def parse_address(value: str) -> IpAddress:
         return parse_ip(value)
     except ValueError:
         raise ValueError("expected an IP address") from None
+
+
+def parse_servers(value: str) -> tuple[Address, ...]:
+    """DNS servers with a comma between them, each `ip`, `ip:port` or `[ip]:port`."""
+    servers = []
+    for text in value.split(","):
+        text = text.strip()
+        host, colon, port = text.rpartition(":")
+        if not colon or (":" in host and not text.startswith("[")) or text.endswith("]"):
+            host, port = text, "53"
+        servers.append((parse_address(host[1:-1] if host.startswith("[") else host), parse_port(port)))
+    return tuple(servers)
 
 
 def parse_path(value: str) -> Path:

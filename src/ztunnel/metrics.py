@@ -104,6 +104,22 @@ class Traffic:
         }
 
 
+_DNS: Final = ("request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision")
+_DNS_BOUNDS: Final = (0.0005, 0.001, 0.01, 0.1, 1.0, 5.0)
+
+
+class _Forwarding:
+    """DNS questions of one label set that were handed on: how many failed, and how long they took, in seconds."""
+
+    __slots__ = ("buckets", "count", "failures", "seconds")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * len(_DNS_BOUNDS)
+        self.count = 0
+        self.failures = 0
+        self.seconds = 0.0
+
+
 class Metrics:
     """All counters of one proxy.
 
@@ -121,6 +137,8 @@ class Metrics:
         self._xds_messages: dict[str, int] = {}
         self._xds_bytes: dict[str, int] = {}
         self._on_demand: dict[tuple[tuple[str, ...], str], int] = {}
+        self._dns_requests: dict[tuple[str, ...], int] = {}
+        self._dns_forwarded: dict[tuple[str, ...], _Forwarding] = {}
         self._policy_closed = 0
         self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
 
@@ -186,6 +204,32 @@ class Metrics:
         if key in self._on_demand or len(self._on_demand) < MAX_SERIES:
             self._on_demand[key] = self._on_demand.get(key, 0) + 1
 
+    def dns_request(self, query_type: str, protocol: str, source: Workload | None) -> None:
+        """A DNS question came in.
+
+        Args:
+            query_type: In lower case, one of few.
+            protocol: `udp` or `tcp`.
+            source: Workload of who asks, if it is known.
+        """
+        labels = _dns_labels(query_type, protocol, source)
+        self._dns_requests[labels] = self._dns_requests.get(labels, 0) + 1
+
+    def dns_forwarded(
+        self, query_type: str, protocol: str, source: Workload | None, seconds: float, *, failed: bool
+    ) -> None:
+        """A DNS question was handed on to the host's resolver, and ended after `seconds`."""
+        labels = _dns_labels(query_type, protocol, source)
+        found = self._dns_forwarded.get(labels)
+        if found is None:
+            found = self._dns_forwarded[labels] = _Forwarding()
+        found.count += 1
+        found.failures += failed
+        found.seconds += seconds
+        for number, bound in enumerate(_DNS_BOUNDS):
+            if seconds <= bound:
+                found.buckets[number] += 1
+
     def xds_message(self, url: str, nbytes: int) -> None:
         """A response of discovery arrived, with `nbytes` of resources."""
         self._xds_messages[url] = self._xds_messages.get(url, 0) + 1
@@ -249,6 +293,7 @@ class Metrics:
             labels = {**dict(zip(_SOURCE, source, strict=True)), "hostname": hostname}
             dns.add_sample("istio_on_demand_dns_total", labels, count)
         yield dns
+        yield from self._dns_families()
         yield _by_label(
             "istio_xds_connection_terminations", "Discovery streams that ended (unstable)", "reason", self._xds_ended
         )
@@ -271,6 +316,26 @@ class Metrics:
             gauge.add_sample(name, {}, read())
             yield gauge
         yield from _process()
+
+    def _dns_families(self) -> Iterator[Metric]:
+        requests = _counter("istio_dns_requests", "DNS questions received (unstable)")
+        for labels, count in self._dns_requests.items():
+            requests.add_sample("istio_dns_requests_total", dict(zip(_DNS, labels, strict=True)), count)
+        upstream = _counter("istio_dns_upstream_requests", "DNS questions handed on to the resolver (unstable)")
+        failures = _counter("istio_dns_upstream_failures", "DNS questions that the resolver failed (unstable)")
+        name = "istio_dns_upstream_request_duration_seconds"
+        duration = Metric(name, "Time that the resolver took for a DNS question (unstable)", "histogram")
+        for labels, found in self._dns_forwarded.items():
+            named = dict(zip(_DNS, labels, strict=True))
+            upstream.add_sample("istio_dns_upstream_requests_total", named, found.count)
+            if found.failures:
+                failures.add_sample("istio_dns_upstream_failures_total", named, found.failures)
+            for bound, count in zip(_DNS_BOUNDS, found.buckets, strict=True):
+                duration.add_sample(f"{name}_bucket", {**named, "le": str(bound)}, count)
+            duration.add_sample(f"{name}_bucket", {**named, "le": "+Inf"}, found.count)
+            duration.add_sample(f"{name}_sum", named, found.seconds)
+            duration.add_sample(f"{name}_count", named, found.count)
+        yield from (requests, upstream, failures, duration)
 
     def _traffic_families(self) -> Iterator[Metric]:
         opened = _counter("istio_tcp_connections_opened", "The total number of TCP connections opened")
@@ -319,6 +384,11 @@ def _process() -> Iterator[Metric]:
     except OSError:
         return  # no /proc: the family is left out
     yield fds
+
+
+def _dns_labels(query_type: str, protocol: str, source: Workload | None) -> tuple[str, ...]:
+    service, revision = (source.canonical_name, source.canonical_revision) if source is not None else ("", "")
+    return (query_type, protocol, service or _UNKNOWN, revision or _UNKNOWN)
 
 
 def _source_labels(

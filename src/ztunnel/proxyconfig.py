@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from hbone.errors import ConfigurationError
-from ztunnel.environment import parse_port
+from ztunnel.environment import parse_address, parse_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MESH_FILE", "dns_warnings", "read_proxy_config"]
+__all__ = ["MESH_FILE", "read_dns", "read_proxy_config"]
 
 MESH_FILE = Path("etc/istio/config/mesh")
 """Where the mesh configuration is looked for, from the working directory."""
@@ -71,25 +70,22 @@ def _mapping(text: str, where: str) -> dict[Any, Any]:
     return value
 
 
-def dns_warnings(metadata: Mapping[str, str]) -> list[str]:
-    """What the metadata asks of a DNS proxy, which there is none of; one sentence each.
+def read_dns(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the metadata asks of the DNS proxy: fields of `Config`.
 
     Raises:
         ConfigurationError: `DNS_PROXY_ADDR` is no address.
     """
-    warnings: list[str] = []
-    if metadata.get("DNS_CAPTURE", "").lower() == "true":
-        warnings.append("DNS_CAPTURE is true and does nothing here: there is no DNS proxy yet")
+    values: dict[str, Any] = {"dns_proxy": metadata.get("DNS_CAPTURE", "true").lower() == "true"}
     address = metadata.get("DNS_PROXY_ADDR")
     if address is not None:
         host, _, port = address.rpartition(":")
         try:
-            parse_port(port)
+            values["dns_port"] = parse_port(port)
             if host != "localhost":
-                ipaddress.ip_address(host.strip("[]"))
+                values["dns_address"] = parse_address(host[1:-1] if host.startswith("[") else host)
         except ValueError:
             raise ConfigurationError(
                 f"failed to parse DNS_PROXY_ADDR: {address!r} is neither localhost:port nor ip:port"
             ) from None
-        warnings.append("DNS_PROXY_ADDR is set and does nothing here: there is no DNS proxy yet")
-    return warnings
+    return values

@@ -47,7 +47,7 @@ def settings(**environ: str) -> Config:
             "CONNECTION_TERMINATION_DEADLINE": "1s",
             **{
                 f"ZTUNNEL_{name}_PORT": "0"
-                for name in ("OUTBOUND", "INBOUND", "HBONE", "SOCKS5", "ADMIN", "STATS", "READY")
+                for name in ("OUTBOUND", "INBOUND", "HBONE", "SOCKS5", "DNS", "ADMIN", "STATS", "READY")
             },
             **environ,
         }

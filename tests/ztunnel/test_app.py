@@ -32,7 +32,7 @@ async def test_ready_after_the_first_picture_and_not_before() -> None:
     async with running() as ztunnel:
         assert await ztunnel.http("readiness", "/healthz/ready") == (
             500,
-            "not ready, pending: proxy, state manager\n",
+            "not ready, pending: dns proxy, proxy, state manager\n",
         )
         await ztunnel.sync()
         await ztunnel.until_ready()
@@ -174,7 +174,11 @@ async def test_address_in_use_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for variable, what in (("ZTUNNEL_STATS_PORT", "stats"), ("ZTUNNEL_HBONE_PORT", "hbone")):
+        for variable, what in (
+            ("ZTUNNEL_STATS_PORT", "stats"),
+            ("ZTUNNEL_HBONE_PORT", "hbone"),
+            ("ZTUNNEL_DNS_PORT", "dns"),
+        ):
             with pytest.RaisesGroup(
                 pytest.RaisesExc(ConfigurationError, match=rf"cannot listen on 127.0.0.1:{port} .*{what}"),
                 allow_unwrapped=True,
@@ -209,7 +213,7 @@ workloads:
 
 def test_process_serves_by_a_local_file_and_ends_with_0_on_sigterm() -> None:
     environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
-    ports = dict.fromkeys(("OUTBOUND", "INBOUND", "HBONE", "ADMIN", "STATS", "READY"), "0")
+    ports = dict.fromkeys(("OUTBOUND", "INBOUND", "HBONE", "DNS", "ADMIN", "STATS", "READY"), "0")
     environ |= {f"ZTUNNEL_{name}_PORT": port for name, port in ports.items()} | {
         "PROXY_WORKLOAD_INFO": "shop/web-1/web",
         "XDS_ADDRESS": "",

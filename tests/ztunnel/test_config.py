@@ -17,7 +17,7 @@ def read(environ: dict[str, str] | None = None, directory: Path | None = None) -
 
 def test_empty_environment_gives_the_defaults() -> None:
     assert read() == Config()
-    assert read().own_ports == {15001, 15006, 15008, 15000, 15020, 15021}
+    assert read().own_ports == {15001, 15006, 15008, 15000, 15020, 15021, 15053}
     assert (read().listen_host, read().loopback_host) == ("::", "127.0.0.1")
 
 
@@ -71,6 +71,45 @@ def test_environment_of_a_dedicated_ztunnel_is_read() -> None:
 def test_bind_address_that_others_reach_keeps_admin_on_loopback() -> None:
     found = read({"ZTUNNEL_BIND_ADDRESS": "10.0.0.5"})
     assert (found.listen_host, found.loopback_host) == ("10.0.0.5", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("environ", "hosts", "port"),
+    [
+        ({}, ["127.0.0.1", "::1"], 15053),
+        ({"IPV6_ENABLED": "false"}, ["127.0.0.1"], 15053),
+        ({"ZTUNNEL_BIND_ADDRESS": "127.0.1.1"}, ["127.0.1.1"], 15053),
+        ({"ZTUNNEL_BIND_ADDRESS": "10.0.0.5"}, ["127.0.0.1"], 15053),
+        ({"ISTIO_META_DNS_PROXY_ADDR": "localhost:53"}, ["127.0.0.1", "::1"], 53),
+        ({"ISTIO_META_DNS_PROXY_ADDR": "10.0.0.5:53", "ZTUNNEL_DNS_PORT": "54"}, ["10.0.0.5"], 54),
+        ({"ISTIO_META_DNS_PROXY_ADDR": "[fd00::1]:53"}, ["fd00::1"], 53),
+        ({"PROXY_CONFIG": "proxyMetadata: {ISTIO_META_DNS_PROXY_ADDR: '127.0.0.9:5353'}"}, ["127.0.0.9"], 5353),
+    ],
+)
+def test_dns_proxy_listens_where_it_is_told(environ: dict[str, str], hosts: list[str], port: int) -> None:
+    found = read(environ)
+    assert found.dns_proxy
+    assert ([str(ip) for ip in found.dns_hosts], found.dns_port) == (hosts, port)
+    assert port in found.own_ports
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize(("value", "on"), [("true", True), ("TRUE", True), ("false", False), ("", False), ("1", False)])
+def test_dns_proxy_is_on_unless_told_otherwise(value: str, on: bool) -> None:
+    found = read({"ISTIO_META_DNS_CAPTURE": value})
+    assert found.dns_proxy is on
+    assert (15053 in found.own_ports) is on
+
+
+def test_resolvers_of_the_dns_proxy_are_addresses_with_or_without_a_port() -> None:
+    found = read({"ZTUNNEL_DNS_SERVERS": "10.0.0.1, 127.0.0.53:54,fd00::1,[fd00::2]:5353,[fd00::3]"})
+    assert found.dump["dnsServers"] == [
+        "10.0.0.1:53",
+        "127.0.0.53:54",
+        "[fd00::1]:53",
+        "[fd00::2]:5353",
+        "[fd00::3]:53",
+    ]
 
 
 def test_istiod_in_the_cluster_is_the_default_there() -> None:
@@ -144,6 +183,10 @@ def test_mesh_file_then_proxy_config_then_variables(tmp_path: Path) -> None:
         ({"PROXY_CONFIG": "proxyMetadata: {A: 1}"}, "quote numbers and booleans"),
         ({"PROXY_CONFIG": "discoveryAddress: http://x"}, "discoveryAddress is 'http://x' (only https"),
         ({"ISTIO_META_DNS_PROXY_ADDR": "nonsense"}, "failed to parse DNS_PROXY_ADDR: 'nonsense'"),
+        ({"ISTIO_META_DNS_PROXY_ADDR": "example:53"}, "failed to parse DNS_PROXY_ADDR: 'example:53'"),
+        ({"ISTIO_META_DNS_PROXY_ADDR": "127.0.0.1"}, "failed to parse DNS_PROXY_ADDR: '127.0.0.1'"),
+        ({"ZTUNNEL_DNS_SERVERS": "dns.example"}, "ZTUNNEL_DNS_SERVERS=dns.example (expected an IP address)"),
+        ({"ZTUNNEL_DNS_SERVERS": "10.0.0.1:65536"}, "(a port is at most 65535)"),
         ({"XDS_HEADER_a b": "v"}, "the name is no header name"),
         ({"CA_HEADER_a": "v\n"}, "the value is not printable ASCII"),
     ],
@@ -168,15 +211,12 @@ def test_switch_that_is_off_is_not_refused(environ: dict[str, str]) -> None:
         {"XDS_ON_DEMAND": "true"},
         {"ZTUNNEL_WORKER_THREADS": "4"},
         {"INPOD_UDS": "/x"},
-        {"ISTIO_META_DNS_CAPTURE": "true"},
-        {"ISTIO_META_DNS_PROXY_ADDR": "localhost:15053"},
-        {"PREFERED_SERVICE_NAMESPACE": "a"},
     ],
 )
 def test_variable_without_effect_is_told(environ: dict[str, str]) -> None:
     (warning,) = read(environ).warnings
     (name,) = environ
-    assert name.removeprefix("ISTIO_META_") in warning
+    assert name in warning
     assert "does nothing here" in warning
 
 
@@ -210,7 +250,7 @@ def test_every_variable_is_documented_once() -> None:
 
 
 def test_every_field_can_be_set_or_says_where_it_comes_from() -> None:
-    derived = {"xds_headers", "ca_headers", "proxy_metadata", "json_metadata", "warnings"}
+    derived = {"dns_proxy", "dns_address", "xds_headers", "ca_headers", "proxy_metadata", "json_metadata", "warnings"}
     assert {field.name for field in attrs.fields(Config) if "env" not in field.metadata} == derived
 
 
