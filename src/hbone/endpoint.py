@@ -127,53 +127,43 @@ class Endpoint:
         return self._end("the peer closed the connection without a TLS close_notify", clean=False)
 
     def _read(self, now: float) -> list[Event]:
+        """Hot path, and therefore one function."""
         self.heard_at = now
         if self.ended:
             return []
         events = _NOTHING
+        tls = self.tls
+        buffer = _buffers.pop() if _buffers else IoBuffer(PLAINTEXT.size)
         try:
             if not self.established:
                 if not self._shake_hands(now):
                     return []
                 events = [HandshakeCompleted()]
-            events = self._read_records(events, now)
+            engine = self.engine
+            size = buffer.size
+            got = 1
+            while got:
+                # One call of OpenSSL gives one record; the engine gets as many of them at once as there are.
+                filled = got = tls.read_into(buffer, 0, size)
+                while got and size - filled >= _RECORD:
+                    got = tls.has_ciphertext() and tls.read_into(buffer, filled, size - filled)
+                    filled += got
+                if not filled:
+                    break
+                more = engine.receive_data(buffer.view[:filled], now)
+                if more:
+                    events = events + more if events else more
         except TlsError:
             self._failed = self.ended = self._ciphertext = True
             raise
         except BaseException:
             self.ended = self._ciphertext = True
             raise
-        if self.tls.closed_by_peer and not self.ended:
-            return events + self._end("the peer closed the connection", clean=self.engine.open_streams == 0)
-        return events
-
-    def _read_records(self, events: list[Event], now: float) -> list[Event]:
-        engine = self.engine
-        tls = self.tls
-        read_into = tls.read_into
-        has_ciphertext = tls.has_ciphertext
-        buffer = _buffers.pop() if _buffers else IoBuffer(PLAINTEXT.size)
-        try:
-            view = buffer.view
-            size = buffer.size
-            while True:
-                # One call of OpenSSL gives one record; the engine gets as many of them at once as there are.
-                filled = got = read_into(buffer, 0, size)
-                while got and size - filled >= _RECORD:
-                    if not has_ciphertext():
-                        got = 0
-                        break
-                    got = read_into(buffer, filled, size - filled)
-                    filled += got
-                if not filled:
-                    return events
-                more = engine.receive_data(view[:filled], now)
-                if more:
-                    events = events + more if events else more
-                if not got:
-                    return events
         finally:
             _buffers.append(buffer)
+        if tls.closed_by_peer and not self.ended:
+            return events + self._end("the peer closed the connection", clean=self.engine.open_streams == 0)
+        return events
 
     def _shake_hands(self, now: float) -> bool:
         self._ciphertext = True

@@ -175,9 +175,7 @@ class Tunnel:
         end.user = user
         end.relay = relay
         self.streams[end.stream_id] = end
-        if not self.dirty:
-            self.dirty = True
-            self.reactor.dirty.append(self)
+        self.mark_dirty()  # perhaps from a Trio task, while the loop sleeps
         return end
 
     def ping(self) -> None:
@@ -290,7 +288,7 @@ class Tunnel:
                 self._handle(events)
             if not self.dirty and (self._out or (not self._calm and endpoint.wants_flush)) and not self.closed:
                 self.dirty = True
-                self.reactor.flush_later(self)
+                self.reactor.dirty.append(self)
             if self.closing and not self.closed:
                 self._go_on_draining()
             if not nbytes:
