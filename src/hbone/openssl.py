@@ -21,6 +21,7 @@ lib: Any = getattr(SSL, "_lib", None)
 ffi: Any = getattr(SSL, "_ffi", None)
 
 _FUNCTIONS = (
+    "BIO_free",
     "BIO_get_mem_data",
     "BIO_new",
     "BIO_read",
@@ -116,6 +117,8 @@ def verify_callback(judge: Callable[[SSL.Connection, x509.Certificate, int, int,
 
     def called(ok: int, store: Any) -> int:
         pointer = lib.X509_STORE_CTX_get_current_cert(store)
+        if pointer == ffi.NULL:  # an error of the whole path
+            return 0
         lib.X509_up_ref(pointer)
         certificate = crypto.X509._from_raw_x509_ptr(pointer).to_cryptography()
         number = lib.X509_STORE_CTX_get_error(store)

@@ -15,7 +15,7 @@ from OpenSSL import SSL, crypto
 
 from hbone.errors import PeerIdentityError
 from hbone.identity.spiffe import SpiffeId, quoted
-from hbone.identity.svid import TrustBundle, validity_problem
+from hbone.identity.svid import UNPARSABLE, TrustBundle, validity_problem
 from hbone.identity.verify import verify_peer_chain
 from hbone.openssl import DIRECT, ffi, lib, verify_callback
 
@@ -100,7 +100,7 @@ def _alternative_names(certificate: x509.Certificate) -> tuple[list[str], list[s
         return dns, [str(ip) for ip in names.get_values_for_type(x509.IPAddress)]
     except x509.ExtensionNotFound:
         return [], []
-    except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except UNPARSABLE as error:
         raise PeerIdentityError("the server's certificate has extensions that cannot be parsed") from error
 
 
@@ -162,7 +162,10 @@ class PeerCheck:
     def refuse(self, number: int, depth: int, certificate: x509.Certificate) -> None:
         """OpenSSL found error `number` at `certificate`, `depth` steps above the leaf."""
         if self.problem is None:
-            self.problem = _explain(number, depth, certificate, self.expectation)
+            try:
+                self.problem = _explain(number, depth, certificate, self.expectation)
+            except UNPARSABLE:  # anyone may send such a certificate: it is no fault of ours
+                self.problem = _reason(number, "the peer's certificate")
 
     def add(self, certificate: x509.Certificate, depth: int) -> bool:
         """OpenSSL found the path to be in order, and tells it from the root down to the leaf."""
@@ -171,10 +174,14 @@ class PeerCheck:
             return True
         try:
             self.peer_id = self.expectation.judge(self.path)
-            if self.authorize is not None and (self.peer_id is None or not self.authorize(self.peer_id)):
-                raise PeerIdentityError(f"the peer is {self.peer_id or 'without a SPIFFE ID'}, who is not authorized")
         except PeerIdentityError as error:
             self.problem = str(error)
+            return False
+        except UNPARSABLE as error:
+            self.problem = f"the peer's certificate cannot be parsed: {' '.join(str(error).split())[:100]}"
+            return False
+        if self.authorize is not None and (self.peer_id is None or not self.authorize(self.peer_id)):
+            self.problem = f"the peer is {self.peer_id or 'without a SPIFFE ID'}, who is not authorized"
             return False
         self.accepted = True
         return True
@@ -229,6 +236,11 @@ def _explain(number: int, depth: int, certificate: x509.Certificate, expectation
         return _wrong_name(certificate, expectation.names)
     if number == _CODES.ERR_INVALID_PURPOSE:
         return f"{who} is refused: its extended key usage or key usage does not allow this use"
+    return _reason(number, who)
+
+
+def _reason(number: int, who: str) -> str:
+    """OpenSSL's own words."""
     reason = ffi.string(lib.X509_verify_cert_error_string(number)).decode() if DIRECT else f"error {number}"
     return f"{who} is refused: {reason}"
 
@@ -237,13 +249,13 @@ def _uris(certificate: x509.Certificate) -> list[str]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return names.get_values_for_type(x509.UniformResourceIdentifier)[:3]
-    except (ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except (x509.ExtensionNotFound, *UNPARSABLE):
         return []
 
 
 def _authority_key(certificate: x509.Certificate) -> str:
     try:
         identifier = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    except (ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except (x509.ExtensionNotFound, *UNPARSABLE):
         return ""
     return f" (key id {identifier.hex()})" if identifier else ""

@@ -8,16 +8,21 @@ import weakref
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 from tests.support.tls import RawClient, exchange, join, raw_context, read, take
 
 import hbone.openssl
 from hbone.errors import ConfigurationError, IdentityError, PeerIdentityError, TlsError
 from hbone.identity import Identity, SpiffeId, TrustBundle
-from hbone.testing.ca import WRONG_SVIDS, TestCa
+from hbone.identity.svid import UNPARSABLE
+from hbone.testing.ca import WRONG_SVIDS, Issued, TestCa
 from hbone.tls import MAX_READS_WITHOUT_DATA, IoBuffer, PortableTlsConnection, TlsConnection, TlsContext
+from hbone.tlspeer import ON_VERIFY
 
 CA = TestCa()
 CLIENT = CA.identity("shop", "web")
@@ -316,6 +321,58 @@ def test_a_fault_of_the_authorizer_refuses_and_is_raised(kind: type[TlsConnectio
     assert isinstance(at_client, TlsError)
     with pytest.raises(TlsError):
         server.handshake()
+
+
+def with_unreadable_subject(*, signed: bool) -> Identity:
+    """Its subject is a string of a type that does not exist. OpenSSL reads over that."""
+    issued = CA.issue(uris=[str(CA.id("shop", "wrong"))], common_name="unreadable", san_critical=False)
+    leaf = issued.leaf
+    content = leaf.tbs_certificate_bytes.replace(b"\x0c\x0aunreadable", b"\x0d\x0aunreadable")
+    signature = b""
+    assert isinstance(CA.key, ec.EllipticCurvePrivateKey)
+    while len(signature) != len(leaf.signature):
+        signature = CA.key.sign(content if signed else b"another", ec.ECDSA(hashes.SHA256()))
+    encoded = leaf.public_bytes(serialization.Encoding.DER)
+    encoded = encoded.replace(leaf.tbs_certificate_bytes, content).replace(leaf.signature, signature)
+    damaged = Issued((x509.load_der_x509_certificate(encoded),), issued.key)
+    return Identity(damaged.unchecked_svid(), [CA.bundle])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_certificate_that_cannot_be_read_is_the_peers_fault(kind: type[TlsConnection], signed: bool) -> None:
+    bad = with_unreadable_subject(signed=signed)
+    for error in (join(*ends(kind, client=bad))[1], join(*ends(kind, server=bad))[0]):
+        assert isinstance(error, PeerIdentityError)
+        assert (
+            "cannot be parsed" if signed else "signature failure" if kind is TlsConnection else "is refused"
+        ) in str(error)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the library about what it reads
+@given(st.data())
+@settings(max_examples=60)
+def test_any_damage_to_a_certificate_is_refused(data: st.DataObject) -> None:
+    encoded = bytearray(CLIENT.svid.leaf.public_bytes(serialization.Encoding.DER))
+    at = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[at] ^= data.draw(st.integers(1, 255))
+    try:
+        context = raw_context(alpn=[b"h2"])
+        context.use_certificate(x509.load_der_x509_certificate(bytes(encoded)))
+        context.use_privatekey(CLIENT.svid.key)
+    except (SSL.Error, crypto.Error, *UNPARSABLE):
+        return  # no TLS library would send it
+    with pytest.raises(TlsError):
+        RawClient(context).join(ends()[1])
+
+
+def test_an_error_without_a_certificate_is_a_refusal() -> None:
+    assert ON_VERIFY is not None
+    lib = hbone.openssl.lib
+    store = lib.X509_STORE_CTX_new()
+    try:
+        assert ON_VERIFY(1, store) == 0
+    finally:
+        lib.X509_STORE_CTX_free(store)
 
 
 # ALPN

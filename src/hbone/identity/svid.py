@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import datetime
 
 __all__ = [
+    "UNPARSABLE",
     "PrivateKey",
     "ServerCertificate",
     "TrustBundle",
@@ -40,6 +41,16 @@ MAX_PEM_SIZE = 4 * 1024 * 1024
 """Bytes of a PEM text that we parse."""
 MAX_CHAIN = 10
 """Certificates of a chain, the leaf included."""
+
+UNPARSABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What reading a field of a certificate may raise; fields are parsed when they are first asked for."""
 
 _E = TypeVar("_E", bound=x509.ExtensionType)
 
@@ -101,7 +112,7 @@ def _extension(certificate: x509.Certificate, kind: type[_E]) -> x509.Extension[
         return certificate.extensions.get_extension_for_class(kind)
     except x509.ExtensionNotFound:
         return None
-    except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except UNPARSABLE as error:
         raise IdentityError(f"its extensions cannot be parsed: {_sentence(error)}") from error
 
 
