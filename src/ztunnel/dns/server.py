@@ -32,6 +32,7 @@ from hbone.errors import ConfigurationError
 from ztunnel.dns.answer import Result, Zone, decide, zone_of
 from ztunnel.dns.forward import Forwarder, Unanswered
 from ztunnel.dns.names import normal, strip_domain
+from ztunnel.dns.pending import Connection, Pending
 from ztunnel.dns.resolvconf import Resolvers
 from ztunnel.dns.wire import (
     MAX_MESSAGE,
@@ -48,7 +49,7 @@ from ztunnel.errors import DataplaneError, address_text
 from ztunnel.mesh.address import parse_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from ztunnel.config import Config
     from ztunnel.mesh.address import Address, IpAddress
@@ -56,17 +57,13 @@ if TYPE_CHECKING:
     from ztunnel.mesh.workload import Workload
     from ztunnel.metrics import Metrics
 
+    _Send = Callable[[bytes], Awaitable[None]]
+
 __all__ = ["Client", "DnsProxy", "loopback_hosts", "make_proxy"]
 
-MAX_PENDING: Final = 1024
-MAX_PENDING_BYTES: Final = 8 << 20
 MAX_CONNECTIONS: Final = 256
-MAX_ALIKE: Final = 128
-"""Times that one question may wait for an answer: a resolver that asks this proxy would ask it for ever."""
 WAIT_SECONDS: Final = 5.0
-IDLE_SECONDS: Final = 5.0
 DRAIN_SECONDS: Final = 1.0
-_IN_FLIGHT: Final = 16  # of one connection; more are not read
 _BATCH: Final = 32
 _REST_SECONDS: Final = 0.2
 _WARN_SECONDS: Final = 60.0
@@ -102,47 +99,6 @@ def loopback_hosts(wanted: Sequence[IpAddress], *, disabled: str = _DISABLE_IPV6
     except OSError:
         off = not socket.has_ipv6
     return [ip for ip in wanted if not (off and ip == parse_ip("::1"))]
-
-
-@attrs.define(eq=False)
-class _Pending:
-    """Questions that wait for somebody else; the oldest gives way."""
-
-    waiting: OrderedDict[trio.CancelScope, int] = attrs.field(factory=OrderedDict)
-    nbytes: int = 0
-    alike: dict[int, int] = attrs.field(factory=dict)
-
-    @contextlib.contextmanager
-    def enter(self, query: Query) -> Iterator[trio.CancelScope]:
-        """Wait within; the scope is cancelled when the place is needed."""
-        scope, key = trio.CancelScope(), _key(query)
-        self.waiting[scope] = len(query.wire)
-        self.nbytes += len(query.wire)
-        self.alike[key] = self.alike.get(key, 0) + 1
-        while len(self.waiting) > MAX_PENDING or (self.nbytes > MAX_PENDING_BYTES and len(self.waiting) > 1):
-            self._leave(next(iter(self.waiting)), cancel=True)
-        try:
-            with scope:
-                yield scope
-        finally:
-            self._leave(scope)
-            count = self.alike.pop(key) - 1
-            if count:
-                self.alike[key] = count
-
-    def _leave(self, scope: trio.CancelScope, *, cancel: bool = False) -> None:
-        self.nbytes -= self.waiting.pop(scope, 0)
-        if cancel:
-            scope.cancel()
-
-    def has_too_many(self, query: Query) -> bool:
-        """Whether the same question waits too often."""
-        return self.alike.get(_key(query), 0) >= MAX_ALIKE
-
-
-def _key(query: Query) -> int:
-    """Equal for equal questions, the ID apart."""
-    return hash(query.wire[12 : query.end].lower() if query.type else query.wire[2:])
 
 
 def make_proxy(config: Config, store: Store, client: Client, metrics: Metrics) -> DnsProxy:
@@ -215,8 +171,8 @@ class DnsProxy:
         self._known = trio.Event()
         self._listening = trio.CancelScope()
         self._stopped: trio.Event | None = None
-        self._pending = _Pending()
-        self._connections: OrderedDict[_Connection, None] = OrderedDict()
+        self._pending = Pending()
+        self._connections: OrderedDict[Connection, None] = OrderedDict()
         self._warned = float("-inf")
         self._buffer = bytearray(MAX_MESSAGE)
 
@@ -465,11 +421,11 @@ class DnsProxy:
                 continue
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._connections.popitem(last=False)[0].scope.cancel()
-            connection = _Connection(trio.SocketStream(sock), peer[1])
+            connection = Connection(trio.SocketStream(sock), peer[1])
             self._connections[connection] = None
             work.start_soon(self._connection, connection)
 
-    async def _connection(self, connection: _Connection) -> None:
+    async def _connection(self, connection: Connection) -> None:
         try:
             with connection.scope:
                 async with trio.open_nursery() as nursery:
@@ -484,7 +440,7 @@ class DnsProxy:
             self._connections.pop(connection, None)
             connection.close()
 
-    async def _message(self, connection: _Connection, data: bytes, nursery: trio.Nursery) -> None:
+    async def _message(self, connection: Connection, data: bytes, nursery: trio.Nursery) -> None:
         query = self._read(data, connection.port, datagram=False)
         reply = self._own(query, datagram=False) if isinstance(query, Query) else query
         if reply is not None:
@@ -493,79 +449,18 @@ class DnsProxy:
             await connection.slots.acquire()
             nursery.start_soon(self._slow_message, connection, query)
 
-    async def _slow_message(self, connection: _Connection, query: Query) -> None:
+    async def _slow_message(self, connection: Connection, query: Query) -> None:
         reply: bytes | None = None
         try:
             with self._pending.enter(query) as scope:
                 reply = await self._ask(query, datagram=False, send=connection.send)
                 if reply is not None:
+                    self._pending.keep(scope, len(reply))
                     await connection.send(reply)
             if scope.cancelled_caught and reply is None:
                 await connection.send(failure(query, dns.rcode.SERVFAIL))
         finally:
             connection.slots.release()
-
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
-    _Send = Callable[[bytes], Awaitable[None]]
-
-
-class _Connection:
-    """A client on TCP: messages with their length before them, answered in any order. RFC 7766."""
-
-    def __init__(self, stream: trio.SocketStream, port: int) -> None:
-        self.port = port
-        self.scope = trio.CancelScope()
-        """All of it."""
-        self.reading = trio.CancelScope()
-        """Further questions; those that were asked are answered still."""
-        self.slots = trio.Semaphore(_IN_FLIGHT)
-        self._stream = stream
-        self._kept = bytearray()
-        self._lock = trio.Lock()
-
-    async def receive(self) -> bytes | None:
-        """The next message; None at the end, or when none came within five seconds and none is worked on."""
-        while True:
-            with trio.move_on_after(IDLE_SECONDS):
-                return await self._receive()
-            if self.slots.value == _IN_FLIGHT or self._kept:
-                return None
-
-    async def _receive(self) -> bytes | None:
-        kept = self._kept
-        while len(kept) < 2 or len(kept) < 2 + int.from_bytes(kept[:2], "big"):
-            try:
-                data = await self._stream.receive_some(MAX_MESSAGE)
-            except trio.BrokenResourceError:
-                return None
-            if not data:
-                return None
-            kept += data
-        await trio.lowlevel.checkpoint()  # many small ones may come at once
-        end = 2 + int.from_bytes(kept[:2], "big")
-        message = bytes(kept[2:end])
-        del kept[:end]
-        return message
-
-    async def send(self, message: bytes) -> None:
-        """Send a message; a client that does not take it for five seconds, or is gone, is cut off."""
-        data = len(message).to_bytes(2, "big") + message
-        try:
-            with trio.fail_after(IDLE_SECONDS):
-                async with self._lock:
-                    await self._stream.send_all(data)
-        except (trio.TooSlowError, trio.BrokenResourceError):
-            self.scope.cancel()
-        except trio.Cancelled:
-            self.scope.cancel()  # half a message may be on its way
-            raise
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._stream.socket.close()
 
 
 def _protocol(datagram: bool) -> str:
