@@ -118,6 +118,9 @@ class Siege:
     elsewhere: str
     """Another host of the mesh, with a ztunnel and nothing hostile about it."""
     control: str
+    """Where miniistiod is."""
+    spare: str
+    """A host with nothing on it."""
     friend: Identity
     """Certificate of the neighbour."""
     hostile: Identity
@@ -474,7 +477,7 @@ def siege(directory: Path) -> Iterator[Siege]:
         number = next(_networks)
         started = mesh(
             directory,
-            ["alpha", "beta"],
+            ["alpha", "beta", "gamma"],
             namespaces=False,
             documents={"shop": WORKLOADS},
             loopback=f"127.{os.getpid() % 200 + 20}.{number}",
@@ -494,6 +497,7 @@ def siege(directory: Path) -> Iterator[Siege]:
                     running.hosts["beta"].address,
                     running.hosts["alpha"].address,
                     running.server,
+                    running.hosts["gamma"].address,
                     await _certificate(running, "client", directory),
                     await _certificate(running, "mallory", directory),
                 )

@@ -146,7 +146,8 @@ class FrameGuard:
         if kind == FrameType.DATA:
             if flags & PADDED or (not length and not flags & END_STREAM):
                 floods.count_empty(now, self._data_received)
-            self._data_received += length
+            # How much of a padded frame is padding, its tenth byte will tell: up to 255, and that byte.
+            self._data_received += max(0, length - 256) if flags & PADDED else length
         elif kind == FrameType.HEADERS:
             self._block_frames = 0
             self._block_size = 0
