@@ -19,7 +19,6 @@ from ztunnel.control.discovery import DiscoveryClient, make_node
 from ztunnel.control.svids import SvidManager
 from ztunnel.control.transport import RootSource, ServerAddress, TokenSource, grpc_dialer
 from ztunnel.mesh import SnapshotError, Store
-from ztunnel.mesh import local as local_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from ztunnel.control.discovery import DiscoveryMetrics
     from ztunnel.control.transport import Dial
     from ztunnel.mesh import Change, Workload
+    from ztunnel.mesh import local as local_file
 
 __all__ = ["Membership", "timestamp"]
 
@@ -149,6 +149,10 @@ class Membership:
         )
 
     def _read_local(self) -> local_file.LocalFile | None:
+        if self.config.local_xds_path is None and self.config.local_xds is None:
+            return None
+        from ztunnel.mesh import local as local_file  # brings YAML, a megabyte that most hosts do without
+
         path = self.config.local_xds_path
         if path is not None:
             try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from hbone.errors import ConfigurationError
 from ztunnel.environment import parse_address, parse_port
 
@@ -57,6 +55,8 @@ def _merge(merged: dict[str, Any], given: dict[Any, Any], where: str) -> None:
 
 
 def _mapping(text: str, where: str) -> dict[Any, Any]:
+    import yaml  # a megabyte that most hosts do without
+
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
