@@ -87,6 +87,7 @@ class Endpoint:
         self._closed = False
         self._failed = False
         self._ciphertext = client
+        self._left_over = False
         if client:
             self.tls.handshake()
 
@@ -221,10 +222,18 @@ class Endpoint:
         return nbytes
 
     def data_to_send(self) -> bytes:
-        """Ciphertext to write to the transport, at most 256 KiB at once; b"" when there is none."""
+        """Ciphertext to write to the transport, at most 256 KiB at once; b"" when there is none.
+
+        What did not fit the last time goes first and alone: the engine's queue has a bound, ciphertext has none, so
+        nothing more is encrypted while some of it waits.
+        """
         buffer = _buffers.pop() if _buffers else IoBuffer(PLAINTEXT.size)
         try:
-            return bytes(buffer.view[: self.data_to_send_into(buffer)])
+            nbytes = self.tls.data_to_send_into(buffer) if self._left_over else 0
+            if not nbytes:
+                nbytes = self.data_to_send_into(buffer)
+            self._left_over = self._ciphertext = nbytes == buffer.size
+            return bytes(buffer.view[:nbytes])
         finally:
             _buffers.append(buffer)
 

@@ -139,6 +139,25 @@ def test_ciphertext_fits_any_buffer() -> None:
     assert len(pair.server.received[stream]) > 10_000
 
 
+def test_a_slow_transport_does_not_pile_up_ciphertext() -> None:
+    much = ConnectionConfig(
+        stream_window=2**31 - 1, initial_stream_window=2**31 - 1, connection_window=2**31 - 1
+    )  # so that no window is the bound
+    pair = EndpointPair(who("web"), who("orders"), server_config=much)
+    pair.pump()
+    sender = pair.client
+    stream_id = pair.open()
+    for _ in range(40):  # the transport takes one piece, then the application fills the queue again
+        while sender.engine.send_data(stream_id, bytes(65_000)):
+            pass
+        assert sender.endpoint.wants_flush
+        assert len(sender.endpoint.data_to_send()) > 0
+    left = 0
+    while data := sender.endpoint.data_to_send():
+        left += len(data)
+    assert left < 1024 * 1024
+
+
 def test_receive_from_reads_out_of_the_shared_buffer() -> None:
     pair = joined()
     stream = pair.open()
