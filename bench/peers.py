@@ -1,61 +1,77 @@
-"""Whom we measure: nothing in between, ourselves, Envoy, and whatever `BENCH_PEER` names.
+"""Whom we measure: nothing in between, ourselves, Envoy, a Rust ztunnel, and whatever `BENCH_PEER` names.
 
-Every pair stands on the same two hosts. The client always connects to the application's own address; a port of its
-own for each peer decides, by nftables, whose proxies the connection goes through.
+Every stage has hosts and processes of its own. The client always connects to the application's own address; a port of
+its own for each peer decides, by nftables, whose proxies the connection goes through.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
 
-from hbone.errors import HboneError
-from hbone.testing.ca import TestCa
-from hbone.testing.envoy import EnvoyPorts, config
-from hbone.testing.hosts import NamespaceHost, namespace_obstacle
-from hbone.testing.mesh import Mesh, mesh
+from bench import rust
+from bench.envoys import BINARY, Credentials, EnvoyPair
+from bench.errors import BenchError
+from bench.figures import DIRECT, OURS
+from bench.measure import resident, spawn
+from hbone.testing.envoy import EnvoyPorts
+from hbone.testing.hosts import NamespaceHost
+from hbone.testing.mesh import CONTROL_PLANE, Daemon, Mesh, mesh
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
-__all__ = ["Peer", "bench_hosts"]
+    from bench.catalogue import Stage as StageName
+    from hbone.testing.hosts import Host
 
-OURS, ENVOY, DIRECT = 8080, 8081, 8082
-"""The application's ports; each belongs to one peer."""
+__all__ = ["Peer", "Plan", "Stage", "named", "stage"]
 
-DOCUMENTS = {
-    "bench": """\
+ENVOY, RUST = "envoy", "ztunnel-rs"
+PORTS = {OURS: 8080, ENVOY: 8081, DIRECT: 8082, RUST: 8080}
+"""The application's ports; which one decides whose proxies a connection goes through."""
+POLICIES = 1000
+
+WORKLOADS = """\
 apiVersion: networking.istio.io/v1
 kind: WorkloadEntry
-metadata: {name: client, namespace: bench, labels: {app: client}}
-spec: {address: "{alpha}", serviceAccount: client}
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata: {name: server, namespace: bench, labels: {app: server}}
-spec: {address: "{beta}", serviceAccount: server}
----
+metadata: {{name: {name}, namespace: bench, labels: {{app: {app}}}}}
+spec: {{address: "{{{host}}}", serviceAccount: {account}}}
+"""
+POLICY = """\
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
-metadata: {name: clients, namespace: bench}
+metadata: {{name: {name}, namespace: bench}}
 spec:
-  selector: {matchLabels: {app: server}}
+  selector: {{matchLabels: {{app: server}}}}
   rules:
-  - from: [{source: {principals: [cluster.local/ns/bench/sa/client]}}]
+  - from: [{{source: {{principals: ["cluster.local/ns/bench/sa/{account}"]}}}}]
 """
-}
 
 
-class BenchError(HboneError):
-    """The bench could not be set up."""
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What a run is to be like."""
+
+    namespaces: bool
+    rounds: int
+    seconds: float
+    """Length of a turn."""
+    idle_streams: int
+    idle_tunnels: int
+    pushed: int
+    """Workloads that are pushed at once."""
+    workers: int = 1
+    """Worker threads or processes of each proxy."""
+    workloads: tuple[str, ...] = ()
+    """Only these, where any are named."""
 
 
 @attrs.frozen(kw_only=True)
@@ -64,110 +80,244 @@ class Peer:
 
     name: str
     job: dict[str, Any]
-    """What the load process must know to go through it: host, port, perhaps proxy and source."""
+    """What the load process must know to go through it: host, port, perhaps proxy, source and namespace."""
     pids: tuple[int, ...] = ()
+    """The daemons, the client's first."""
+    started: tuple[float, ...] = ()
+    """Seconds that each took until it was ready."""
+    tunnel: tuple[str, int] | None = None
+    """Where its server takes tunnels, if a hostile peer may try."""
+    hostile: Credentials | None = None
+    """Certificate of that peer."""
 
-    def resident(self) -> list[float]:
-        """Resident memory of each proxy, in MB."""
-        found = []
-        for pid in self.pids:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            found.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
-        return found
+    def resident(self) -> float:
+        """Resident memory of both proxies, in MB."""
+        return resident(self.pids)
+
+
+@attrs.frozen(kw_only=True)
+class Stage:
+    """Peers that run, and the mesh that ours belong to."""
+
+    peers: list[Peer]
+    mesh: Mesh
+    load: list[str]
+    """Command line that runs the load process where the client is."""
+    versions: dict[str, str]
+
+    def peer(self, name: str) -> Peer | None:
+        """The peer of that name, if it is here."""
+        return next((peer for peer in self.peers if peer.name == name), None)
+
+
+def policies(count: int) -> str:
+    """Documents of `count` policies, of which the last, by name too, allows the client."""
+    accounts = [f"other-{number}" for number in range(count - 1)] + ["client"]
+    return "---\n".join(
+        POLICY.format(name="clients" if account == "client" else f"a-{number:05}", account=account)
+        for number, account in enumerate(accounts)
+    )
+
+
+def _documents(with_rust: bool) -> dict[str, str]:
+    entries = [("client", "alpha", "client"), ("server", "beta", "server"), ("mallory", CONTROL_PLANE, "mallory")]
+    if with_rust:
+        entries += [("rs-client", "gamma", "client"), ("rs-server", "delta", "server")]
+    made = [WORKLOADS.format(name=name, host=host, account=account, app=account) for name, host, account in entries]
+    return {"bench": "---\n".join([*made, policies(1)])}
 
 
 @contextlib.asynccontextmanager
-async def bench_hosts(directory: Path) -> AsyncIterator[tuple[list[Peer], list[str]]]:
-    """Start every peer that can be had.
+async def stage(directory: Path, name: StageName, plan: Plan) -> AsyncIterator[Stage]:
+    """Start every peer that can be had, as `name` wants them.
 
-    Yields:
-        The peers, and the command line that runs a program where the client is.
+    Raises:
+        HboneError: one did not start.
     """
-    namespaces = not namespace_obstacle()
-    started = mesh(directory, ["alpha", "beta"], namespaces=namespaces, documents=DOCUMENTS, capture=False)
-    async with started as running, contextlib.AsyncExitStack() as stack:
+    os.mkdir(directory)
+    binary = rust.binary()
+    if binary is not None and not plan.namespaces:
+        raise BenchError(f"{rust.VARIABLE} is set, but its ports are fixed, so it needs namespaces: run this as root")
+    names = ["alpha", "beta"] + ["gamma", "delta"] * (binary is not None)
+    documents = _documents(binary is not None)
+    async with (
+        mesh(directory, names, namespaces=plan.namespaces, documents=documents, capture=False) as running,
+        contextlib.AsyncExitStack() as stack,
+    ):
         alpha, beta = running.hosts["alpha"], running.hosts["beta"]
         ports = EnvoyPorts()
-        for host in (alpha, beta):
-            if isinstance(host, NamespaceHost):
-                host.capture(bypass=[DIRECT, ports.hbone], elsewhere={ENVOY: ports.outbound})
-        await _application(running, stack)
-        await running.add_ztunnel("alpha", ("bench", "client", "client"))
-        await running.add_ztunnel("beta", ("bench", "server", "server"))
-        pids = tuple(running.ztunnels[name].pid for name in ("alpha", "beta"))
-        ours: dict[str, Any] = {"host": beta.address, "port": OURS}
-        if not namespaces:
-            ours |= {"proxy": (alpha.address, 15080), "source": alpha.address}
-        peers = [Peer(name="direct", job={"host": beta.address, "port": DIRECT})]
-        peers.append(Peer(name="ours", job=ours, pids=pids))
-        envoys = await _envoys(running, directory, ports, stack)
-        where = {"host": beta.address, "port": ENVOY} if namespaces else {"host": alpha.address, "port": ports.outbound}
-        peers.append(Peer(name="envoy", job=where, pids=tuple(envoys)))
-        peers += _named(os.environ.get("BENCH_PEER", ""))
-        yield peers, alpha.command(sys.executable)
+        _prepare(running, ports)
+        await _application(beta, list({*PORTS.values()}), stack)
+        environment = {"ZTUNNEL_WORKER_THREADS": str(plan.workers)} if plan.workers > 1 else {}
+        if name == "tunnels":
+            environment["POOL_MAX_STREAMS_PER_CONNECTION"] = "1"
+            environment["POOL_UNUSED_RELEASE_TIMEOUT"] = "1s"
+        peers = [Peer(name=DIRECT, job={"host": beta.address, "port": PORTS[DIRECT]})]
+        versions = {}
+        hostile = name == "scale"
+        peers.append(await _ours(running, environment, hostile))
+        if BINARY.exists():
+            peers.append(await _envoys(running, directory, ports, name, plan, stack))
+            versions[ENVOY] = _envoy_version()
+        if binary is not None:
+            await _application(running.hosts["delta"], [PORTS[RUST]], stack)
+            settings = environment | rust.environment(plan.workers)
+            peers.append(await _rust(running, binary, settings, peers[1].hostile))
+            versions[RUST] = rust.version(binary)
+        if name == "load":
+            peers += named(os.environ.get("BENCH_PEER", ""))
+        yield Stage(
+            peers=peers,
+            mesh=running,
+            load=[*alpha.command(sys.executable), "-m", "bench.load"],
+            versions=versions,
+        )
 
 
-async def _application(running: Mesh, stack: contextlib.AsyncExitStack) -> None:
-    command = [sys.executable, "-m", "bench.application", str(OURS), str(ENVOY), str(DIRECT)]
-    process = _process(running.hosts["beta"].command(*command), stack, stdout=subprocess.PIPE)
+def _envoy_version() -> str:
+    done = subprocess.run([BINARY, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    return next((part for part in done.stdout.split("/") if part.count(".") == 2), "of unknown version")
+
+
+def _prepare(running: Mesh, ports: EnvoyPorts) -> None:
+    """Captures, and room for as many connections as are wanted."""
+    for name, host in running.hosts.items():
+        if not isinstance(host, NamespaceHost):
+            continue
+        if name != CONTROL_PLANE:
+            host.capture(bypass=[PORTS[DIRECT], ports.hbone], elsewhere={PORTS[ENVOY]: ports.outbound})
+        settings = "echo 16384 65000 > ip_local_port_range; echo 1 > tcp_tw_reuse"
+        subprocess.run(host.command("sh", "-c", f"cd /proc/sys/net/ipv4; {settings}"), check=True, timeout=10)
+
+
+async def _application(host: Host, ports: list[int], stack: contextlib.AsyncExitStack) -> None:
+    command = host.command(sys.executable, "-m", "bench.application", *map(str, ports))
+    process = spawn(command)
+    assert process.stdin is not None
     assert process.stdout is not None
+    process.stdin.close()
+
+    def end() -> None:
+        process.terminate()
+        process.wait(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+    stack.callback(end)
     with trio.fail_after(10):
         await trio.to_thread.run_sync(process.stdout.readline)
 
 
-async def _envoys(running: Mesh, directory: Path, ports: EnvoyPorts, stack: contextlib.AsyncExitStack) -> list[int]:
-    authority = TestCa()
-    pids = []
-    for name in ("alpha", "beta"):
-        host = running.hosts[name]
-        place = directory / f"envoy-{name}"
-        place.mkdir()
-        issued = authority.issue(uris=[str(authority.id("bench", name))])
-        (place / "envoy.pem").write_bytes(issued.cert_pem)
-        (place / "envoy.key").write_bytes(issued.key_pem)
-        (place / "root.pem").write_bytes(authority.root_pem)
-        beta = running.hosts["beta"].address
-        bootstrap = config(
-            place,
-            ports,
-            application=(beta, ENVOY),
-            tunnel_to=(beta, ports.hbone),
-            authority=f"{beta}:{ENVOY}",
-            bind=host.address if not running.namespaces else "0.0.0.0",
+async def _ours(running: Mesh, environment: dict[str, str], hostile: bool) -> Peer:
+    alpha, beta = running.hosts["alpha"], running.hosts["beta"]
+    started = []
+    for host, account in (("beta", "server"), ("alpha", "client")):
+        daemon = await running.add_ztunnel(host, ("bench", account, account), environment=environment, wait=False)
+        began = time.perf_counter()
+        await daemon.until_ready()
+        started.append(time.perf_counter() - began)
+    job: dict[str, Any] = {"host": beta.address, "port": PORTS[OURS]}
+    if not running.namespaces:
+        job |= {"proxy": (alpha.address, 15080), "source": alpha.address}
+    return Peer(
+        name=OURS,
+        job=job,
+        pids=tuple(running.ztunnels[name].pid for name in ("alpha", "beta")),
+        started=tuple(started),
+        tunnel=(beta.address, 15008),
+        hostile=await trio.to_thread.run_sync(_enroll_hostile, running) if hostile else None,
+    )
+
+
+def _enroll_hostile(running: Mesh) -> Credentials:
+    """A certificate of the mesh for the one who will misbehave."""
+    token, state = running.directory / "mallory.token", running.directory / "mallory-state"
+    where = ["--state", str(running.directory / "state"), "--namespace", "bench", "--service-account", "mallory"]
+    running.cli("token", "create", *where, "--name", "mallory", "--out", str(token))
+    host = running.hosts[CONTROL_PLANE]
+    command = [sys.executable, "-m", "ztunnel", "enroll", "--server", running.server, "--token-file", str(token)]
+    environment = {**os.environ, "ZTUNNEL_STATE_DIR": str(state)}
+    done = subprocess.run(
+        host.command(*command), env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    if done.returncode:
+        raise BenchError(f"the hostile peer could not be enrolled: {done.stderr.strip()}")
+    return Credentials(state / "svid.pem", state / "svid.pem", state / "roots.pem")
+
+
+async def _envoys(
+    running: Mesh, directory: Path, ports: EnvoyPorts, name: StageName, plan: Plan, stack: contextlib.AsyncExitStack
+) -> Peer:
+    alpha, beta = running.hosts["alpha"], running.hosts["beta"]
+    pair = EnvoyPair(directory, ports, plan.workers)
+    settings: dict[str, Any] = {"policies": POLICIES if name == "scale" else 1}
+    if name == "tunnels":
+        settings |= {"streams": 1, "reuse": False}
+    started: list[float] = []
+    pids: list[int] = []
+    for host, account in ((beta, "server"), (alpha, "client")):
+        bind = "0.0.0.0" if running.namespaces else host.address
+        daemon = pair.daemon(account, host, beta, PORTS[ENVOY], bind, **settings)
+        daemon.start()
+        began = time.perf_counter()
+        stack.push_async_callback(daemon.stop, timeout=5)
+        await _until_ready(daemon, ports.admin)
+        started.append(time.perf_counter() - began)
+        pids.insert(0, daemon.pid)
+        if not running.namespaces:
+            ports.admin += 1  # both stand on one loopback
+    job = {"host": beta.address, "port": PORTS[ENVOY]}
+    if not running.namespaces:
+        job = {"host": alpha.address, "port": ports.outbound}
+    return Peer(
+        name=ENVOY,
+        job=job,
+        pids=tuple(pids),
+        started=tuple(started),
+        tunnel=(beta.address, ports.hbone),
+        hostile=pair.credentials("mallory"),
+    )
+
+
+async def _until_ready(daemon: Daemon, port: int) -> None:
+    with trio.move_on_after(30):
+        while daemon.running:
+            status, _ = await daemon.http(port, "/ready", address="127.0.0.1")
+            if status == 200:
+                return
+            await trio.sleep(0.05)
+    raise BenchError(f"{daemon.name} did not become ready; its log: {daemon.tail()}")
+
+
+async def _rust(running: Mesh, binary: Path, environment: dict[str, str], hostile: Credentials | None) -> Peer:
+    gamma, delta = running.hosts["gamma"], running.hosts["delta"]
+    started: list[float] = []
+    pids: list[int] = []
+    for host, name, account in (("delta", "rs-server", "server"), ("gamma", "rs-client", "client")):
+        workload = ("bench", name, account)
+        daemon = await running.add_ztunnel(
+            host, workload, environment=environment, command=rust.command(binary), wait=False
         )
-        binary = Path(sys.executable).with_name("envoy")
-        file = place / "envoy.json"
-        file.write_text(json.dumps(bootstrap))
-        command = [str(binary), "-c", str(file), "--concurrency", "1", "--use-dynamic-base-id", "-l", "error"]
-        pids.append(_process(host.command(*command), stack).pid)
-    await trio.sleep(2)
-    return pids
+        began = time.perf_counter()
+        await daemon.until_ready()
+        started.append(time.perf_counter() - began)
+        pids.insert(0, daemon.pid)
+    assert isinstance(gamma, NamespaceHost)
+    return Peer(
+        name=RUST,
+        job={"host": delta.address, "port": PORTS[RUST], "netns": f"/run/netns/{gamma.namespace}"},
+        pids=tuple(pids),
+        started=tuple(started),
+        tunnel=(delta.address, 15008),
+        hostile=hostile,
+    )
 
 
-def _process(
-    command: list[str], stack: contextlib.AsyncExitStack, stdout: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.DEVNULL)
-
-    def end() -> None:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout:
-            process.stdout.close()
-
-    stack.callback(end)
-    return process
-
-
-def _named(text: str) -> list[Peer]:
-    """`name=host:port,pid,pid` of pairs that already run.
+def named(text: str) -> list[Peer]:
+    """`name=host:port,pid,pid` of pairs that already run, in the network namespace of the first pid.
 
     Raises:
-        BenchError: another form.
+        BenchError: another form, or a process that isn't there.
     """
     peers = []
     for item in text.split():
@@ -176,5 +326,11 @@ def _named(text: str) -> list[Peer]:
         host, _, port = where.rpartition(":")
         if not (name and host and port.isdigit() and all(pid.isdigit() for pid in pids)):
             raise BenchError(f"BENCH_PEER has {item!r}; write name=host:port,pid,pid")
-        peers.append(Peer(name=name, job={"host": host, "port": int(port)}, pids=tuple(int(pid) for pid in pids)))
+        for pid in pids:
+            if not os.path.exists(f"/proc/{pid}"):
+                raise BenchError(f"BENCH_PEER has {item!r}, but there is no process {pid}")
+        job: dict[str, Any] = {"host": host.strip("[]"), "port": int(port)}
+        if pids:
+            job["netns"] = f"/proc/{pids[0]}/ns/net"
+        peers.append(Peer(name=name, job=job, pids=tuple(map(int, pids))))
     return peers
