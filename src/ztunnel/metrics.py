@@ -9,19 +9,21 @@ import os
 import resource
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client.metrics_core import Metric
+import attrs
 
 from ztunnel.errors import ResponseFlag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
+    from prometheus_client.metrics_core import Metric
+
     from hbone.connect import Baggage
     from hbone.identity import SpiffeId
     from ztunnel.mesh.service import Service
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["MAX_SERIES", "Metrics", "Traffic"]
+__all__ = ["MAX_SERIES", "Counts", "DnsKey", "Labels", "Metrics", "Traffic"]
 
 MAX_SERIES: Final = 4096
 """Label sets of connections that are told apart. Baggage of peers decides labels, and must not fill our memory."""
@@ -54,6 +56,31 @@ _LOCALITY: Final = ("source_region", "source_zone", "destination_region", "desti
 
 Labels = tuple[str, tuple[str, ...], tuple[str, ...], str, tuple[str, ...]]
 """Reporter, source, destination, security policy, locality (empty when nothing is known)."""
+DnsKey = tuple[tuple[str, ...], str]
+"""Source and host name."""
+
+
+@attrs.frozen
+class Sample:
+    """One value of a family."""
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+@attrs.define
+class Family:
+    """A metric by name, as the page shows it."""
+
+    name: str
+    documentation: str
+    type: str
+    samples: list[Sample] = attrs.field(factory=list)
+
+    def add_sample(self, name: str, labels: Mapping[str, str], value: float) -> None:
+        """One value more."""
+        self.samples.append(Sample(name, labels, value))
 
 
 class Traffic:
@@ -90,6 +117,18 @@ class Traffic:
         if flag is not ResponseFlag.NONE:
             self.failed_by_flag[flag] = self.failed_by_flag.get(flag, 0) + 1
 
+    def add(self, other: Traffic) -> None:
+        """Add what another process counted."""
+        self.opened_count += other.opened_count
+        self.received_bytes += other.received_bytes
+        self.sent_bytes += other.sent_bytes
+        for mine, others in (
+            (self.closed_by_flag, other.closed_by_flag),
+            (self.failed_by_flag, other.failed_by_flag),
+        ):
+            for flag, count in others.items():
+                mine[flag] = mine.get(flag, 0) + count
+
     def label_dict(self, flag: ResponseFlag) -> dict[str, str]:
         """All labels in Istio's order."""
         reporter, source, destination, policy, locality = self.labels
@@ -120,6 +159,32 @@ class _Forwarding:
         self.seconds = 0.0
 
 
+@attrs.define
+class Counts:
+    """What a data path counted."""
+
+    traffic: dict[Labels, Traffic] = attrs.field(factory=dict)
+    sockets: dict[str, int] = attrs.field(factory=dict)
+    """Open now, by reporter."""
+    on_demand: dict[DnsKey, int] = attrs.field(factory=dict)
+    policy_closed: int = 0
+    overflow: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add what another data path counted."""
+        for labels, traffic in other.traffic.items():
+            mine = self.traffic.get(labels)
+            if mine is None:
+                mine = self.traffic[labels] = Traffic(labels)
+            mine.add(traffic)
+        for reporter, count in other.sockets.items():
+            self.sockets[reporter] = self.sockets.get(reporter, 0) + count
+        for key, count in other.on_demand.items():
+            self.on_demand[key] = self.on_demand.get(key, 0) + count
+        self.policy_closed += other.policy_closed
+        self.overflow += other.overflow
+
+
 class Metrics:
     """All counters of one proxy.
 
@@ -129,18 +194,16 @@ class Metrics:
 
     def __init__(self, version: str = _UNKNOWN) -> None:
         self._version = version
-        self._traffic: dict[Labels, Traffic] = {}
+        self.counts = Counts()
+        """Of the data path in this process."""
         self._recent: dict[Hashable, Traffic] = {}
-        self._sockets: dict[str, int] = {}
-        self._overflow = 0
         self._xds_ended: dict[str, int] = {}
         self._xds_messages: dict[str, int] = {}
         self._xds_bytes: dict[str, int] = {}
-        self._on_demand: dict[tuple[tuple[str, ...], str], int] = {}
         self._dns_requests: dict[tuple[str, ...], int] = {}
         self._dns_forwarded: dict[tuple[str, ...], _Forwarding] = {}
-        self._policy_closed = 0
-        self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
+        self._values: dict[str, tuple[str, str, Callable[[], float]]] = {}
+        self._elsewhere: list[Callable[[], Counts]] = []
 
     # Counting
 
@@ -171,38 +234,44 @@ class Metrics:
         found = self._recent.get(key)
         if found is None:
             labels = _labels(*key)
-            found = self._traffic.get(labels) or self._new(labels)
+            found = self.counts.traffic.get(labels) or self._new(labels)
             if len(self._recent) >= MAX_SERIES:
                 self._recent.clear()
             self._recent[key] = found
         return found
 
     def _new(self, labels: Labels) -> Traffic:
-        if len(self._traffic) >= MAX_SERIES:
-            self._overflow += 1
+        series = self.counts.traffic
+        if len(series) >= MAX_SERIES:
+            self.counts.overflow += 1
             labels = (labels[0], (_UNKNOWN,) * len(_SOURCE), (_UNKNOWN,) * len(_DESTINATION), _UNKNOWN, ())
-            if labels in self._traffic:
-                return self._traffic[labels]
-        traffic = self._traffic[labels] = Traffic(labels)
+            if labels in series:
+                return series[labels]
+        traffic = series[labels] = self.make_traffic(labels)
         return traffic
+
+    def make_traffic(self, labels: Labels) -> Traffic:
+        """The counters of a label set that is new."""
+        return Traffic(labels)
 
     def socket_opened(self, reporter: str) -> None:
         """A connection was accepted."""
-        self._sockets[reporter] = self._sockets.get(reporter, 0) + 1
+        self.counts.sockets[reporter] = self.counts.sockets.get(reporter, 0) + 1
 
     def socket_closed(self, reporter: str) -> None:
         """An accepted connection is done with."""
-        self._sockets[reporter] = self._sockets.get(reporter, 0) - 1
+        self.counts.sockets[reporter] = self.counts.sockets.get(reporter, 0) - 1
 
     def policy_closed(self) -> None:
         """A live connection was closed by a change of policy."""
-        self._policy_closed += 1
+        self.counts.policy_closed += 1
 
     def on_demand_dns(self, source: Workload, hostname: str) -> None:
         """The host name of a workload was resolved for a connection."""
         key = (_source_labels(source, source.identity), hostname)
-        if key in self._on_demand or len(self._on_demand) < MAX_SERIES:
-            self._on_demand[key] = self._on_demand.get(key, 0) + 1
+        counts = self.counts.on_demand
+        if key in counts or len(counts) < MAX_SERIES:
+            counts[key] = counts.get(key, 0) + 1
 
     def dns_request(self, query_type: str, protocol: str, source: Workload | None) -> None:
         """A DNS question came in.
@@ -241,15 +310,28 @@ class Metrics:
 
     def add_gauge(self, name: str, meaning: str, read: Callable[[], float]) -> None:
         """Show a value of another part of the program; `read` is called at each scrape."""
-        self._gauges[name] = (meaning, read)
+        self._values[name] = (meaning, "gauge", read)
+
+    def add_counter(self, name: str, meaning: str, read: Callable[[], float]) -> None:
+        """The same, for a value that only grows; `name` is without `_total`."""
+        self._values[name] = (meaning, "counter", read)
+
+    def add_counts(self, read: Callable[[], Counts]) -> None:
+        """Show the sum with what other processes counted; `read` is called at each scrape."""
+        self._elsewhere.append(read)
 
     # Showing
 
     def collect(self) -> Iterator[Metric]:
         """Families for prometheus_client; one without a sample is left out."""
+        from prometheus_client.metrics_core import Metric  # megabytes that our own page does without
+
         for family in self._families():
             if family.samples:
-                yield family
+                metric = Metric(family.name, family.documentation, family.type)
+                for sample in family.samples:
+                    metric.add_sample(sample.name, dict(sample.labels), sample.value)
+                yield metric
 
     def describe(self) -> list[Metric]:
         """Nothing in advance; tells prometheus_client not to collect at registration."""
@@ -270,7 +352,9 @@ class Metrics:
             "application/openmetrics-text;charset=utf-8;version=1.0.0" if open_metrics else "text/plain; charset=utf-8"
         )
         lines: list[str] = []
-        for family in self.collect():
+        for family in self._families():
+            if not family.samples:
+                continue
             lines.append(f"# HELP {family.name} {_escape_help(family.documentation)}.")
             lines.append(f"# TYPE {family.name} {family.type}")
             for sample in family.samples:
@@ -279,17 +363,22 @@ class Metrics:
         lines.append("# EOF\n")
         return content_type, "\n".join(lines).encode()
 
-    def _families(self) -> Iterator[Metric]:
-        build = Metric("istio_build", "Istio component build info", "gauge")
+    def _families(self) -> Iterator[Family]:
+        build = Family("istio_build", "Istio component build info", "gauge")
         build.add_sample("istio_build", {"component": "ztunnel", "tag": self._version}, 1)
         yield build
-        yield from self._traffic_families()
-        sockets = Metric("istio_tcp_sockets_open", "Sockets that are open now (unstable)", "gauge")
-        for reporter, count in self._sockets.items():
+        counts = self.counts
+        if self._elsewhere:
+            counts = Counts()
+            for found in (self.counts, *(read() for read in self._elsewhere)):
+                counts.add(found)
+        yield from _traffic_families(counts)
+        sockets = Family("istio_tcp_sockets_open", "Sockets that are open now (unstable)", "gauge")
+        for reporter, count in counts.sockets.items():
             sockets.add_sample("istio_tcp_sockets_open", {"reporter": reporter}, count)
         yield sockets
         dns = _counter("istio_on_demand_dns", "Host names of workloads resolved for connections (unstable)")
-        for (source, hostname), count in self._on_demand.items():
+        for (source, hostname), count in counts.on_demand.items():
             labels = {**dict(zip(_SOURCE, source, strict=True)), "hostname": hostname}
             dns.add_sample("istio_on_demand_dns_total", labels, count)
         yield dns
@@ -304,27 +393,27 @@ class Metrics:
         yield _single(
             "ztunnel_policy_change_closures",
             "Live connections closed by a change of policy (unstable)",
-            self._policy_closed,
+            counts.policy_closed,
         )
         yield _single(
             "ztunnel_label_sets_merged",
             "Connections counted under unknown labels because there are too many label sets (unstable)",
-            self._overflow,
+            counts.overflow,
         )
-        for name, (meaning, read) in self._gauges.items():
-            gauge = Metric(name, f"{meaning} (unstable)", "gauge")
-            gauge.add_sample(name, {}, read())
-            yield gauge
+        for name, (meaning, kind, read) in self._values.items():
+            value = Family(name, f"{meaning} (unstable)", kind)
+            value.add_sample(f"{name}_total" if kind == "counter" else name, {}, read())
+            yield value
         yield from _process()
 
-    def _dns_families(self) -> Iterator[Metric]:
+    def _dns_families(self) -> Iterator[Family]:
         requests = _counter("istio_dns_requests", "DNS questions received (unstable)")
         for labels, count in self._dns_requests.items():
             requests.add_sample("istio_dns_requests_total", dict(zip(_DNS, labels, strict=True)), count)
         upstream = _counter("istio_dns_upstream_requests", "DNS questions handed on to the resolver (unstable)")
         failures = _counter("istio_dns_upstream_failures", "DNS questions that the resolver failed (unstable)")
         name = "istio_dns_upstream_request_duration_seconds"
-        duration = Metric(name, "Time that the resolver took for a DNS question (unstable)", "histogram")
+        duration = Family(name, "Time that the resolver took for a DNS question (unstable)", "histogram")
         for labels, found in self._dns_forwarded.items():
             named = dict(zip(_DNS, labels, strict=True))
             upstream.add_sample("istio_dns_upstream_requests_total", named, found.count)
@@ -337,48 +426,49 @@ class Metrics:
             duration.add_sample(f"{name}_count", named, found.count)
         yield from (requests, upstream, failures, duration)
 
-    def _traffic_families(self) -> Iterator[Metric]:
-        opened = _counter("istio_tcp_connections_opened", "The total number of TCP connections opened")
-        closed = _counter("istio_tcp_connections_closed", "The total number of TCP connections closed")
-        failed = _counter("istio_tcp_connections_failed", "The total number of TCP connections that failed (unstable)")
-        received = _counter(
-            "istio_tcp_received_bytes", "The total number of bytes received from the client side of TCP connections"
-        )
-        sent = _counter("istio_tcp_sent_bytes", "The total number of bytes sent to the client side of TCP connections")
-        for traffic in self._traffic.values():
-            labels = traffic.label_dict(ResponseFlag.NONE)
-            opened.add_sample("istio_tcp_connections_opened_total", labels, traffic.opened_count)
-            received.add_sample("istio_tcp_received_bytes_total", labels, traffic.received_bytes)
-            sent.add_sample("istio_tcp_sent_bytes_total", labels, traffic.sent_bytes)
-            for flag, count in traffic.closed_by_flag.items():
-                closed.add_sample("istio_tcp_connections_closed_total", traffic.label_dict(flag), count)
-            for flag, count in traffic.failed_by_flag.items():
-                failed.add_sample("istio_tcp_connections_failed_total", traffic.label_dict(flag), count)
-        yield from (opened, closed, failed, received, sent)
+
+def _traffic_families(counts: Counts) -> Iterator[Family]:
+    opened = _counter("istio_tcp_connections_opened", "The total number of TCP connections opened")
+    closed = _counter("istio_tcp_connections_closed", "The total number of TCP connections closed")
+    failed = _counter("istio_tcp_connections_failed", "The total number of TCP connections that failed (unstable)")
+    received = _counter(
+        "istio_tcp_received_bytes", "The total number of bytes received from the client side of TCP connections"
+    )
+    sent = _counter("istio_tcp_sent_bytes", "The total number of bytes sent to the client side of TCP connections")
+    for traffic in counts.traffic.values():
+        labels = traffic.label_dict(ResponseFlag.NONE)
+        opened.add_sample("istio_tcp_connections_opened_total", labels, traffic.opened_count)
+        received.add_sample("istio_tcp_received_bytes_total", labels, traffic.received_bytes)
+        sent.add_sample("istio_tcp_sent_bytes_total", labels, traffic.sent_bytes)
+        for flag, count in traffic.closed_by_flag.items():
+            closed.add_sample("istio_tcp_connections_closed_total", traffic.label_dict(flag), count)
+        for flag, count in traffic.failed_by_flag.items():
+            failed.add_sample("istio_tcp_connections_failed_total", traffic.label_dict(flag), count)
+    yield from (opened, closed, failed, received, sent)
 
 
-def _counter(name: str, documentation: str) -> Metric:
-    return Metric(name, documentation, "counter")
+def _counter(name: str, documentation: str) -> Family:
+    return Family(name, documentation, "counter")
 
 
-def _single(name: str, documentation: str, value: int) -> Metric:
+def _single(name: str, documentation: str, value: int) -> Family:
     family = _counter(name, documentation)
     family.add_sample(f"{name}_total", {}, value)
     return family
 
 
-def _by_label(name: str, documentation: str, label: str, values: Mapping[str, int]) -> Metric:
+def _by_label(name: str, documentation: str, label: str, values: Mapping[str, int]) -> Family:
     family = _counter(name, documentation)
     for key, value in values.items():
         family.add_sample(f"{name}_total", {label: key}, value)
     return family
 
 
-def _process() -> Iterator[Metric]:
-    limit = Metric("process_max_fds", "Maximum number of open file descriptors", "gauge")
+def _process() -> Iterator[Family]:
+    limit = Family("process_max_fds", "Maximum number of open file descriptors", "gauge")
     limit.add_sample("process_max_fds", {}, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield limit
-    fds = Metric("process_open_fds", "Number of open file descriptors", "gauge")
+    fds = Family("process_open_fds", "Number of open file descriptors", "gauge")
     try:
         fds.add_sample("process_open_fds", {}, len(os.listdir("/proc/self/fd")) - 1)  # less the listing's own
     except OSError:
