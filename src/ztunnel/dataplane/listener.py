@@ -57,7 +57,7 @@ class Listener:
         self._calls = calls
         self._accepted = accepted
         self._burst = 1
-        self._turn = 0
+        self._turn = -2
         self._listening = False
         self._closed = False
 

@@ -197,3 +197,15 @@ def test_the_whole_works_with_trio_as_a_guest() -> None:
     assert reactor.run(main) == b"x" * 20
     assert isinstance(server.log, Lines)
     assert len(server.log.completed) == 20
+
+
+async def test_a_connection_that_waited_for_its_workload_goes_on_at_once(pair: Pair) -> None:
+    async with await warm(pair):
+        client = pair.client
+        pair.store.apply_addresses([], [client.workload.uid])
+        async with await pair.connect() as stream:
+            await pair.settle(lambda: len(client.plane.outbound.pending) == 1)
+            await trio.testing.wait_all_tasks_blocked()
+            pair.store.apply_addresses([client.workload], [])
+            await stream.send_all(b"y")
+            assert await stream.receive_some(1) == b"y"
