@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -16,7 +17,7 @@ from hbone.engine import WindowBudget
 from ztunnel.dataplane.connections import Connections, Plane
 from ztunnel.dataplane.dialer import Dialer, IdentitySource
 from ztunnel.dataplane.inbound import Inbound
-from ztunnel.dataplane.listener import Listener, bind, keeps_sources
+from ztunnel.dataplane.listener import Listener, open_listeners
 from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dataplane.outbound import Outbound
 from ztunnel.dataplane.passthrough import Passthrough
@@ -24,14 +25,13 @@ from ztunnel.dataplane.reactor import Reactor
 from ztunnel.dataplane.sockets import SocketCalls, SocketOptions, local_addresses
 from ztunnel.dataplane.socks5 import Socks5
 from ztunnel.errors import Drained
-from ztunnel.mesh.address import parse_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import socket
+    from collections.abc import Iterator, Mapping
 
     from ztunnel.config import Config
     from ztunnel.logs import AccessLog
-    from ztunnel.mesh.address import Address
     from ztunnel.mesh.store import Change, Store
     from ztunnel.metrics import Metrics
 
@@ -81,6 +81,7 @@ class Dataplane:
         self.budget = WindowBudget(config.window_budget)
         self.listeners: dict[str, Listener] = {}
         """By purpose: hbone, inbound, outbound, socks5."""
+        self._covered: dict[int, list[Listener]] = {}
         self.transparent = False
         """Applications see the client's own address."""
         self._calls = calls or SocketCalls(options_of(config))
@@ -120,35 +121,47 @@ class Dataplane:
         Raises:
             ConfigurationError: an address cannot be had, or ENABLE_ORIG_SRC was asked for and does not work.
         """
-        config, calls, plane = self.config, self._calls, self._plane
-        host = parse_ip(config.listen_host)
-        loopback = parse_ip(config.loopback_host)
-        transparent = keeps_sources(calls, host, wanted=config.original_source)
+        transparent, (sockets,) = open_listeners(self._calls, self.config)
+        self.adopt(sockets, transparent=transparent)
+
+    def adopt(self, sockets: Mapping[str, socket.SocketType], *, transparent: bool) -> None:
+        """Use sockets that `open_listeners` made, here or in the process that started this one."""
         self.transparent = self.inbound.transparent = self.passthrough.transparent = transparent
-        ports: list[tuple[str, Address, Callable[..., None], bool]] = [
-            ("hbone", (host, config.hbone_port), self.inbound.accepted, False),
-            ("inbound", (host, config.inbound_port), self.passthrough.accepted, True),
-            ("outbound", (host, config.outbound_port), self.outbound.accepted, True),
-        ]
-        if config.socks5_enabled:
-            ports.append(("socks5", (loopback, config.socks5_port), self.socks5.accepted, False))
-        try:
-            for what, address, accepted, keepalive in ports:
-                sock = bind(calls, address, what, transparent=transparent, keepalive=keepalive)
-                self.listeners[what] = Listener(self.reactor, calls, sock, accepted)
-        except BaseException:
-            for listener in self.listeners.values():
-                listener.sock.close()
-            self.listeners.clear()
-            raise
+        for what, sock in sockets.items():
+            self.listeners[what] = self._listener(what, sock)
         bound = {listener.address[1] for listener in self.listeners.values()}
-        plane.own_ports = config.own_ports | bound
-        plane.own_addresses = local_addresses()
+        self._plane.own_ports = self.config.own_ports | bound
+        self._plane.own_addresses = local_addresses()
+
+    def _listener(self, what: str, sock: socket.SocketType) -> Listener:
+        accepted = {
+            "hbone": self.inbound.accepted,
+            "inbound": self.passthrough.accepted,
+            "outbound": self.outbound.accepted,
+            "socks5": self.socks5.accepted,
+        }[what]
+        return Listener(self.reactor, self._calls, sock, accepted)
+
+    def cover(self, share: int, sockets: Mapping[str, socket.SocketType]) -> None:
+        """Accept for a process that is away, until `uncover`."""
+        listeners = self._covered.get(share)
+        if listeners is None:
+            listeners = self._covered[share] = [self._listener(what, sock) for what, sock in sockets.items()]
+        for listener in listeners:
+            listener.start()
+
+    def uncover(self, share: int) -> None:
+        """It is back."""
+        for listener in self._covered.get(share, ()):
+            listener.pause()
 
     def start(self) -> None:
         """Begin to accept. Call inside the running reactor, when the mesh is known."""
         for listener in self.listeners.values():
             listener.start()
+
+    def _all_listeners(self) -> Iterator[Listener]:
+        return itertools.chain(self.listeners.values(), *self._covered.values())
 
     def recheck(self, change: Change) -> None:
         """Ask the policies about live connections again; called for each change of the store."""
@@ -156,8 +169,8 @@ class Dataplane:
 
     async def drain(self) -> None:
         """Accept nothing further, tell tunnels, and let connections finish until the deadline of the configuration."""
-        for listener in self.listeners.values():
-            listener.close()
+        for listener in self._all_listeners():
+            listener.drain()
         self.socks5.close()
         self.inbound.drain()
         ended, closed = trio.Event(), trio.Event()
@@ -177,7 +190,7 @@ class Dataplane:
         self._unsubscribe()
         self._plane.local.close()
         self.outbound.close()
-        for listener in self.listeners.values():
+        for listener in self._all_listeners():
             listener.close()
         self.socks5.close()
         self.connections.on_empty = None

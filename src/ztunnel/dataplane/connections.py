@@ -80,7 +80,7 @@ class AppConnection:
         """From here on it counts, and will have its line in the log."""
         self.record = record
         self.traffic = traffic
-        traffic.opened_count += 1
+        traffic.opened()
         self.plane.log.opened(record)
 
     def bytes_moved(self) -> tuple[int, int]:
@@ -173,6 +173,7 @@ class Connections:
         self._later = later
         self._clock = clock
         self._checking: Iterator[InboundConnection] | None = None
+        self._when_checked: list[Callable[[], object]] = []
         self._current: InboundConnection | None = None
 
     def __len__(self) -> int:
@@ -220,6 +221,16 @@ class Connections:
                 self._later(self._check_some)
                 return
         self._checking = self._current = None
+        calls, self._when_checked = self._when_checked, []
+        for call in calls:
+            call()
+
+    def when_checked(self, call: Callable[[], object]) -> None:
+        """Call once every connection was asked about by the policies as they are now; at once where all were."""
+        if self._checking is None:
+            call()
+        else:
+            self._when_checked.append(call)
 
     def on_fault(self) -> None:
         """A policy could not be asked: that connection is cut, and the others are asked."""

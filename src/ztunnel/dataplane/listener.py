@@ -16,13 +16,15 @@ from ztunnel.mesh.address import parse_ip
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ztunnel.config import Config
     from ztunnel.dataplane.reactor import Reactor
     from ztunnel.dataplane.sockets import SocketCalls
     from ztunnel.mesh.address import Address, IpAddress
 
-__all__ = ["Listener", "bind", "keeps_sources"]
+__all__ = ["Listener", "bind", "keeps_sources", "open_listeners"]
 
 _BURST: Final = 64
+_MOST_WAITING: Final = 4096
 _REST_SECONDS: Final = 0.2
 _OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PROBE_SOURCE: Final = parse_ip("192.0.2.1")  # TEST-NET-1: nobody's
@@ -98,6 +100,27 @@ class Listener:
         self._reactor.remove(self.sock.fileno())
         self._reactor.call_at(self._reactor.now + _REST_SECONDS, self.start)
 
+    def pause(self) -> None:
+        """Accept nothing until `start`; connections wait in the kernel."""
+        if self._listening:
+            self._listening = False
+            self._reactor.remove(self.sock.fileno())
+
+    def drain(self) -> None:
+        """Take what waits in the kernel, which closing would reset, then close."""
+        if self._listening:
+            for _ in range(_MOST_WAITING):
+                try:
+                    sock, peer = self._calls.accept(self.sock)
+                except OSError:
+                    break
+                try:
+                    self._accepted(sock, peer)
+                except Exception:
+                    self._reactor.close(sock)
+                    _log.exception("a connection could not be taken", listener=address_text(self.address))
+        self.close()
+
     def close(self) -> None:
         """New connections are refused from now on."""
         if not self._closed:
@@ -106,8 +129,64 @@ class Listener:
             self._reactor.close(self.sock)
 
 
+def open_listeners(
+    calls: SocketCalls, config: Config, shares: int = 1
+) -> tuple[bool, list[dict[str, socket.SocketType]]]:
+    """Every listening socket of the data path, by purpose: hbone, inbound, outbound, socks5.
+
+    Args:
+        calls: the socket calls.
+        config: says where.
+        shares: processes that accept. With more than one each has sockets of its own on the same addresses, and the
+            kernel deals connections out to them by their four numbers.
+
+    Returns:
+        Whether applications see the client's own address, and the sockets of each share.
+
+    Raises:
+        ConfigurationError: an address cannot be had, or ENABLE_ORIG_SRC was asked for and does not work.
+    """
+    host, loopback = parse_ip(config.listen_host), parse_ip(config.loopback_host)
+    transparent = keeps_sources(calls, host, wanted=config.original_source)
+    ports: list[tuple[str, Address, bool]] = [
+        ("hbone", (host, config.hbone_port), False),
+        ("inbound", (host, config.inbound_port), True),
+        ("outbound", (host, config.outbound_port), True),
+    ]
+    if config.socks5_enabled:
+        ports.append(("socks5", (loopback, config.socks5_port), False))
+    found: list[dict[str, socket.SocketType]] = [{} for _ in range(shares)]
+    try:
+        for what, address, keepalive in ports:
+            where = address
+            for number, share in enumerate(found):
+                sock = share[what] = bind(
+                    calls,
+                    where,
+                    what,
+                    transparent=transparent,
+                    keepalive=keepalive,
+                    shared=shares > 1,
+                    first=not number,
+                )
+                where = calls.local_address(sock)  # of port 0 the one that was given
+    except BaseException:
+        for share in found:
+            for sock in share.values():
+                sock.close()
+        raise
+    return transparent, found
+
+
 def bind(
-    calls: SocketCalls, address: Address, what: str, *, transparent: bool, keepalive: bool = True
+    calls: SocketCalls,
+    address: Address,
+    what: str,
+    *,
+    transparent: bool,
+    keepalive: bool = True,
+    shared: bool = False,
+    first: bool = True,
 ) -> socket.SocketType:
     """A listening socket, or the sentence that says why there is none.
 
@@ -115,7 +194,9 @@ def bind(
         ConfigurationError: the address cannot be bound.
     """
     try:
-        return calls.listen(address, transparent=transparent, keepalive=keepalive)
+        if shared and first:
+            calls.check_free(address)
+        return calls.listen(address, transparent=transparent, keepalive=keepalive, shared=shared)
     except OSError as exc:
         remedy = {
             errno.EADDRINUSE: "; another program has it",

@@ -124,8 +124,16 @@ class SocketCalls:
         self.options = options or SocketOptions()
         self._socket_class = socket_class
 
-    def listen(self, address: Address, *, transparent: bool = False, keepalive: bool = True) -> socket.SocketType:
+    def listen(
+        self, address: Address, *, transparent: bool = False, keepalive: bool = True, shared: bool = False
+    ) -> socket.SocketType:
         """A listening socket; `::` takes IPv4 as well. Connections inherit its options.
+
+        Args:
+            address: where.
+            transparent: take connections to any address.
+            keepalive: connections are probed as the options say.
+            shared: further sockets of this user may listen there too; the kernel spreads connections over them.
 
         Raises:
             OSError: the address is taken or not ours, or `transparent` is not permitted.
@@ -135,6 +143,8 @@ class SocketCalls:
         sock = socket.SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             if transparent:
@@ -146,6 +156,20 @@ class SocketCalls:
             sock.close()
             raise
         return sock
+
+    def check_free(self, address: Address) -> None:
+        """See that nobody listens on `address`, which `listen` would not tell of a socket that is shared.
+
+        Raises:
+            OSError: somebody does.
+        """
+        ip, port = address
+        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.bind((text_of(ip), port))
 
     def accept(self, listener: socket.SocketType) -> tuple[socket.SocketType, Address]:
         """One connection and its peer.
