@@ -18,16 +18,17 @@ from google.protobuf.message import DecodeError
 from hbone.daemon.logs import get_logger
 from hbone.errors import HboneError
 from hbone.grpc import GrpcError, GrpcUnavailable
+from ztunnel.control.apply import apply
 from ztunnel.control.transport import ControlPlaneError, refusal, request_metadata
-from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, RejectedResource, decode_address, decode_policy
+from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from ztunnel.wire import discovery_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from hbone.identity import Identity
     from ztunnel.control.transport import Dial, MessageStream, TokenSource
-    from ztunnel.mesh import Store
+    from ztunnel.mesh import RejectedResource, Store
 
 __all__ = [
     "DELTA",
@@ -42,8 +43,6 @@ TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE)
 
 FIRST_ANSWER_TIMEOUT = 60.0
 """Seconds from the subscription to the first response of each type, on every stream."""
-SLICE = 0.001
-"""Seconds of work between two yields to the data path."""
 BACKOFF_FIRST = 0.010
 BACKOFF_QUICK = 1.0
 BACKOFF_LIMIT = 15.0
@@ -104,6 +103,10 @@ def make_node(
     return node
 
 
+async def _nobody_else(_: bytes, __: int) -> None:
+    """Nobody else has a store of the same mesh."""
+
+
 class DiscoveryClient:
     """Subscribes, applies, acknowledges, reconnects. What was accepted stays in force until it is replaced."""
 
@@ -119,6 +122,7 @@ class DiscoveryClient:
         cluster_id: str = "Kubernetes",
         headers: Sequence[tuple[str, str]] = (),
         applied: Callable[[], None] = lambda: None,
+        spread: Callable[[bytes, int], Awaitable[None]] = _nobody_else,
         wall: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
@@ -134,6 +138,7 @@ class DiscoveryClient:
             cluster_id: Sent with a token.
             headers: `XDS_HEADER_*`.
             applied: Called after each response that changed something and when the stream is lost; must not wait.
+            spread: Gets each response that was applied, and the number of its resources, before it is acknowledged.
             wall: Wall clock, seconds since 1970.
             rng: Spreads reconnects.
         """
@@ -146,6 +151,7 @@ class DiscoveryClient:
         self._cluster_id = cluster_id
         self._headers = tuple(headers)
         self._applied = applied
+        self._spread = spread
         self._wall = wall
         self._rng = rng or random.Random()  # jitter, no secret
         self._versions: dict[str, dict[str, str]] = {url: {} for url in TYPES}  # of what was accepted, by name
@@ -287,15 +293,15 @@ class DiscoveryClient:
         except DecodeError:
             raise ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse") from None
         url = response.type_url
-        resources = [(item.name, item.version, item.resource.value) for item in response.resources]
-        self._metrics.xds_message(url, sum(len(payload) for _, _, payload in resources))
+        self._metrics.xds_message(url, sum(len(item.resource.value) for item in response.resources))
         answer = discovery_pb2.DeltaDiscoveryRequest(type_url=url, response_nonce=response.nonce)
         if url not in TYPES:
             # Acknowledged as the Rust ztunnel does: a refusal would not make the server stop either.
             log.error("response of a type that we did not ask for", type_url=url)
             await stream.send(answer.SerializeToString())
             return
-        refused = await self._apply(url, resources, response.removed_resources)
+        refused = await self._apply(response)
+        await self._spread(raw, len(response.resources))  # what is acknowledged is in force everywhere
         if refused:
             self._rejected += len(refused)
             text = "; ".join(f"{error.name}: {error.reason}" for error in refused)
@@ -313,37 +319,16 @@ class DiscoveryClient:
             self.ready.set()
         self._applied()
 
-    async def _apply(
-        self, url: str, resources: Sequence[tuple[str, str, bytes]], removed: Iterable[str]
-    ) -> list[RejectedResource]:
-        """Validate in slices, then swap in at once; returns what was refused."""
-        decode: Callable[[str, bytes], Any] = decode_address if url == ADDRESS_TYPE else decode_policy
-        good: dict[str, Any] = {}
-        versions: dict[str, str] = {}
-        refused: dict[str, RejectedResource] = {}
-        slice_end = time.perf_counter() + SLICE
-        for name, version, payload in resources:
-            try:
-                good[name] = decode(name, payload)
-                versions[name] = version
-                refused.pop(name, None)
-            except RejectedResource as error:
-                refused[name] = error
-            if time.perf_counter() >= slice_end:
-                await trio.lowlevel.checkpoint()
-                slice_end = time.perf_counter() + SLICE
-        gone = [name for name in removed if name not in good]
-        # No await from here on: a cancelled response is applied whole or not at all.
-        apply = self._store.apply_addresses if url == ADDRESS_TYPE else self._store.apply_policies
-        rejected = list(refused.values())
-        apply(list(good.values()), gone, rejected=rejected)
-        accepted = self._versions[url]
-        for name in gone:
+    async def _apply(self, response: discovery_pb2.DeltaDiscoveryResponse) -> Sequence[RejectedResource]:
+        """Put in force what is good; returns what was refused."""
+        applied = await apply(self._store, response)
+        accepted = self._versions[response.type_url]
+        for name in applied.gone:
             accepted.pop(name, None)
-        accepted.update(versions)
-        for name in refused:
-            accepted.setdefault(name, "")  # in force as a refusal, so the server must say when it is gone
-        return rejected
+        accepted.update(applied.versions)
+        for error in applied.refused:
+            accepted.setdefault(error.name, "")  # in force as a refusal, so the server must say when it is gone
+        return applied.refused
 
     def _lost(self, text: str) -> None:
         was_in_sync = self._in_sync
