@@ -18,7 +18,7 @@ import dns.rrset
 import trio
 from tests.support.mesh import store_of, tcp
 
-from ztunnel.dns.resolvconf import Resolvers
+from ztunnel.dns.resolvconf import ResolvConf, Resolvers
 from ztunnel.dns.server import DnsProxy
 from ztunnel.mesh import parse_ip
 from ztunnel.metrics import Metrics
@@ -112,7 +112,8 @@ class Resolver:
         kind = dns.rdatatype.to_text(question.rdtype)
         records = self.zone.get((name, kind))
         if records is not None:
-            reply.answer.append(dns.rrset.from_text(question.name, 300, "IN", kind, *records))
+            for record in records:  # one by one, or dnspython would shuffle them
+                reply.answer.append(dns.rrset.from_text(question.name, 300, "IN", kind, record))
         elif not any(owner == name for owner, _ in self.zone):
             reply.set_rcode(dns.rcode.NXDOMAIN)
             reply.authority.append(dns.rrset.from_text(".", 60, "IN", "SOA", "ns. hostmaster. 1 2 3 4 60"))
@@ -160,6 +161,17 @@ class Someone:
     def tell(self, workload: Workload) -> None:
         self.current = workload
         self.told.set()
+
+
+class Asked(Resolvers):
+    """The resolvers to ask, as a test has them."""
+
+    def __init__(self, *servers: Address) -> None:
+        super().__init__(trio.current_time, path="/nonexistent")
+        self.servers = servers
+
+    def current(self) -> ResolvConf:
+        return ResolvConf(servers=self.servers)
 
 
 @attrs.define(eq=False)
@@ -229,12 +241,13 @@ async def open_proxy(
     async with trio.open_nursery() as nursery:
         await nursery.start(found.serve, resolver_host)
         servers = options.pop("servers", None) or [found.server()]
+        resolvers = options.pop("resolvers", None) or Resolvers(trio.current_time, path=conf, servers=servers)
         proxy = DnsProxy(
             store or store_of(),
             someone,
             metrics,
             addresses=[(parse_ip(host), 0)],
-            resolvers=Resolvers(trio.current_time, path=conf, servers=servers),
+            resolvers=resolvers,
             zone=settings,
             rng=random.Random(1),
             **options,
