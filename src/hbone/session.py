@@ -269,6 +269,10 @@ class Session(abc.ABC, Generic[S]):
         """Why the connection is over; None while it lives."""
 
     @abc.abstractmethod
+    def close(self) -> None:
+        """End the connection and its streams now."""
+
+    @abc.abstractmethod
     def wake_writer(self) -> None:
         """The endpoint has something to send."""
 

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tls",),
     ("endpoint", "grpc"),
     ("session",),
+    ("tunnelpool",),
     ("trio", "asyncio"),
     ("asgi", "httpx", "cli"),
 )
@@ -45,6 +46,7 @@ PURE = (
     "hbone.tls",
     "hbone.tlscontext",
     "hbone.tlspeer",
+    "hbone.tunnelpool",
     "ztunnel.dns.answer",
     "ztunnel.dns.names",
     "ztunnel.dns.wire",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from hbone.asyncio.stream import HboneTransport, TunnelStream
+from hbone.asyncio.stream import TunnelStream
 from hbone.errors import ConnectionLost, ErrorCode, HboneError
 from hbone.session import Session, as_request
 
@@ -74,28 +74,14 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
             LocalProtocolError: the tunnel takes no stream now.
         """
         stream = self.open(as_request(target))
-        await self.wait_answer(stream)
-        if not stream.opened and stream.failure is not None:
-            raise stream.failure
-        return self.make_pair(stream)
-
-    async def wait_answer(self, stream: TunnelStream) -> None:
-        """Wait until `opened` or `failure` of `stream` is set; resets it when cancelled."""
         try:
-            await asyncio.shield(stream.answered)
+            await stream.wait_answer()
         except BaseException:
             stream.reset(ErrorCode.CANCEL)
             raise
-
-    def make_pair(self, stream: TunnelStream) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Reader and writer of an opened stream."""
-        reader = asyncio.StreamReader(loop=self.loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
-        transport = HboneTransport(stream, self.loop, protocol)
-        protocol.connection_made(transport)
-        writer = asyncio.StreamWriter(transport, protocol, reader, self.loop)
-        transport.deliver()
-        return reader, writer
+        if not stream.opened and stream.failure is not None:
+            raise stream.failure
+        return stream.make_pair()
 
     async def ping(self) -> None:
         """Send PING and wait for its answer. Bring a deadline.

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import functools
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 from hbone.asyncio.connection import FLUSH_TIMEOUT, Tunnel
-from hbone.errors import ConnectionLost, HboneError, LocalProtocolError
-from hbone.identity import same_trust_domain
-from hbone.pool import Dial, Ping, Pool, PoolKey, PoolStatistics, Use
-from hbone.session import Contexts, as_peers, as_request, dialing_endpoint
-from hbone.tls import TlsContext
+from hbone.asyncio.stream import TunnelStream
+from hbone.errors import ConnectionLost
+from hbone.tunnelpool import TunnelPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hbone.config import ConnectionConfig
     from hbone.connect import Authority, ConnectRequest
-    from hbone.engine.flow import WindowBudget
-    from hbone.identity import Authorizer, Identity, IdentitySource, SpiffeId
+    from hbone.identity import Identity, IdentitySource, SpiffeId
+    from hbone.pool import PoolKey
+    from hbone.tunnelpool import PoolOptions
 
 __all__ = ["ConnectionPool"]
 
-_ATTEMPTS = 4  # tunnels that one connect() may try when peers keep saying that they took no note of it
 
-
-class ConnectionPool:
+class ConnectionPool(TunnelPool[Tunnel, TunnelStream]):
     """Opens streams, over as few tunnels as its rules allow.
 
     ```python
@@ -36,49 +31,21 @@ class ConnectionPool:
     ```
 
     Args:
-        svid: who we are. Each new tunnel uses what is current.
-        authorize: asked about the peer where `connect` names none.
+        svid: who we are. Each new tunnel uses what is current; a rotation breaks no tunnel that lives.
+        authorize: asked about the peer where `connect` names none; by default whether the trust domain is ours.
         config: parameters of HTTP/2.
         budget: what receive windows of all tunnels together may grow by.
-        dial_timeout: seconds for connecting and the handshake.
-        ping_timeout: seconds that a tunnel unused for long has to prove that it lives.
-        max_streams: streams on one tunnel.
-        idle_timeout: seconds that a tunnel without a stream is kept.
-        capacity: tunnels kept; beyond it idle ones are closed.
+        dial_timeout: seconds for connecting and the handshake; 10 by default.
+        ping_timeout: seconds that a tunnel unused for long has to prove that it lives; 2 by default.
+        max_streams: streams on one tunnel; 100 by default.
+        idle_timeout: seconds that a tunnel without a stream is kept; 300 by default.
+        capacity: tunnels kept, 500 by default; beyond it idle ones are closed.
     """
 
-    def __init__(
-        self,
-        svid: IdentitySource,
-        *,
-        authorize: Authorizer = same_trust_domain,
-        config: ConnectionConfig | None = None,
-        budget: WindowBudget | None = None,
-        dial_timeout: float = 10.0,
-        ping_timeout: float = 2.0,
-        max_streams: int = 100,
-        idle_timeout: float = 300.0,
-        capacity: int = 500,
-    ) -> None:
-        self._svid = svid
-        self._authorize = authorize
-        self._config = config
-        self._budget = budget
-        self._dial_timeout = dial_timeout
-        self._ping_timeout = ping_timeout
-        self._idle_timeout = idle_timeout
-        self._contexts = Contexts(TlsContext.client)
-        self._pool: Pool[Tunnel] = Pool(
-            lambda tunnel: tunnel.engine,
-            heard_at=lambda tunnel: tunnel.endpoint.heard_at,
-            max_streams=max_streams,
-            idle_timeout=idle_timeout,
-            capacity=capacity,
-        )
+    def __init__(self, svid: IdentitySource, **options: Unpack[PoolOptions]) -> None:
+        super().__init__(svid, **options)
         self._tunnels: set[Tunnel] = set()
-        self._waiting: dict[PoolKey, collections.deque[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,10 +55,10 @@ class ConnectionPool:
 
     async def aclose(self) -> None:
         """End the streams that are still open, send what was queued, and close the tunnels; about a second at most."""
-        self._closed = True
+        self._close_pool()
         if self._timer is not None:
             self._timer.cancel()
-        self._pool.close()
+            self._timer = None
         tunnels = list(self._tunnels)
         for tunnel in tunnels:
             tunnel.close()
@@ -122,79 +89,35 @@ class ConnectionPool:
             TlsError: the handshake failed.
             StreamResetError: the peer reset the stream instead of answering.
             IdentityError: our own certificate cannot be had.
+            LocalProtocolError: the request's headers are larger than the peer takes.
         """
-        request = as_request(target)
-        expected = as_peers(peer)
-        for attempt in range(1, _ATTEMPTS + 1):
-            tunnel = await self._tunnel(via, expected)
-            try:
-                stream = tunnel.open(request)
-            except (LocalProtocolError, ConnectionLost):
-                self._pool.retire(tunnel)
-                continue
-            self._pool.opened(tunnel)
-            await tunnel.wait_answer(stream)
-            if stream.opened:
-                return tunnel.make_pair(stream)
-            if stream.failure is not None and (stream.processed or attempt == _ATTEMPTS):
-                raise stream.failure
-            self._retire(tunnel)
-        raise ConnectionLost(f"{via[0]}:{via[1]} took no stream on {_ATTEMPTS} tunnels, one after another")
+        stream = await self._open(target, via, peer)
+        return stream.make_pair()
 
-    def statistics(self) -> PoolStatistics:
-        """Counts of this moment."""
-        return self._pool.statistics()
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
-    async def _tunnel(self, via: tuple[str, int], expected: frozenset[SpiffeId] | None) -> Tunnel:
-        loop = asyncio.get_running_loop()
-        again = False
-        while True:
-            if self._closed:
-                raise ConnectionLost("the ConnectionPool is closed")
-            identity = self._svid.current()
-            key = PoolKey(identity.svid.id, via, expected)
-            answer = self._pool.checkout(key, loop.time())
-            match answer:
-                case Use(tunnel):
-                    return tunnel
-                case Ping(tunnel):
-                    await self._ask(key, tunnel)
-                case Dial():
-                    await self._dial(key, identity)
-                case _:
-                    await self._wait(key, first=again)
-                    again = True
+    def _make_event(self) -> asyncio.Event:
+        return asyncio.Event()
 
-    async def _dial(self, key: PoolKey, identity: Identity) -> None:
-        try:
-            tunnel = await self._connect_tunnel(key, identity)
-        except BaseException:
-            self._pool.dial_failed(key)
-            self._wake(key)
-            raise
-        self._pool.dialed(key, tunnel, tunnel.loop.time())
-        if tunnel.failure is not None:
-            self._pool.retire(tunnel)
-        self._reap()
-        self._wake(key)
-
-    async def _connect_tunnel(self, key: PoolKey, identity: Identity) -> Tunnel:
-        loop = asyncio.get_running_loop()
+    async def _make_tunnel(self, key: PoolKey, identity: Identity) -> Tunnel:
         host, port = key.address
-        context = self._contexts.of(identity)
         tunnel: Tunnel | None = None
 
-        def make_tunnel() -> Tunnel:
-            endpoint = dialing_endpoint(
-                context, key.source, key.expected, self._authorize, self._config, self._budget, loop.time()
+        def make() -> Tunnel:
+            return Tunnel(
+                self._make_endpoint(key, identity),
+                client=True,
+                on_unusable=self._on_unusable,
+                on_stream_end=self._on_stream_end,
             )
-            return Tunnel(endpoint, client=True, on_unusable=self._on_unusable, on_stream_end=self._on_stream_end)
 
         try:
             async with asyncio.timeout(self._dial_timeout):
-                _, tunnel = await loop.create_connection(make_tunnel, host, port)
+                _, tunnel = await asyncio.get_running_loop().create_connection(make, host, port)
                 self._tunnels.add(tunnel)
                 tunnel.ended.add_done_callback(functools.partial(self._forget, tunnel))
+                self._check_open()
                 await tunnel.established
         except TimeoutError:
             if tunnel is not None:
@@ -213,84 +136,26 @@ class ConnectionPool:
             raise tunnel.failure or ConnectionLost(f"the handshake with {host}:{port} ended early")
         return tunnel
 
-    async def _ask(self, key: PoolKey, tunnel: Tunnel) -> None:
-        """Does a tunnel unused for long still live? If not, it is closed and forgotten."""
-        lives = False
+    async def _answers(self, tunnel: Tunnel) -> bool:
         try:
             async with asyncio.timeout(self._ping_timeout):
                 await tunnel.ping()
-                lives = True
-        except (HboneError, TimeoutError):
-            pass
-        finally:
-            if lives:
-                self._pool.alive(tunnel, tunnel.loop.time())
-            else:
-                self._retire(tunnel)
-            self._wake(key)
+                return True
+        except TimeoutError:
+            return False
 
-    async def _wait(self, key: PoolKey, *, first: bool) -> None:
-        waiting = self._waiting.setdefault(key, collections.deque())
-        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if first:  # woken before, and another was faster
-            waiting.appendleft(woken)
-        else:
-            waiting.append(woken)
-        try:
-            await asyncio.shield(woken)
-        except BaseException:
-            if woken.done():
-                self._wake(key)  # whoever woke us meant one of us
-            else:
-                waiting.remove(woken)
-            raise
-        finally:
-            if not waiting and self._waiting.get(key) is waiting:
-                del self._waiting[key]
-
-    def _wake(self, key: PoolKey) -> None:
-        waiting = self._waiting.get(key)
-        if waiting:
-            for _ in range(min(len(waiting), self._pool.ready(key))):
-                waiting.popleft().set_result(None)
+    async def _wait_answer(self, stream: TunnelStream) -> None:
+        await stream.wait_answer()
 
     def _forget(self, tunnel: Tunnel, _: object) -> None:
         self._tunnels.discard(tunnel)
 
-    def _retire(self, tunnel: Tunnel) -> None:
-        """Use it no more; it closes with its last stream."""
-        self._pool.retire(tunnel)
-        if not tunnel.streams:
-            tunnel.close()
-
-    def _on_unusable(self, tunnel: Tunnel) -> None:
-        key = self._pool.key_of(tunnel)
-        self._pool.retire(tunnel)
-        if tunnel.failure is None and not tunnel.streams:
-            tunnel.close()
-        if key is not None:
-            self._wake(key)
-
-    def _on_stream_end(self, tunnel: Tunnel) -> None:
-        key = self._pool.key_of(tunnel)
-        if key is None:
-            if not tunnel.streams:
-                tunnel.close()
-            return
-        self._pool.finished(tunnel, tunnel.loop.time())
-        self._reap()
-        if self._waiting:
-            self._wake(key)
-
     def _reap(self) -> None:
-        """Close what is idle for too long, and come again when the next one is due."""
-        loop = asyncio.get_running_loop()
-        for tunnel in self._pool.on_time(loop.time()):
-            tunnel.close()
-        if self._timer is None and not self._closed:
+        super()._reap()
+        if self._timer is None and not self._closed:  # come again when the next one is due
             deadline = self._pool.next_deadline()
             if deadline is not None:
-                self._timer = loop.call_at(max(deadline, loop.time() + 1.0), self._on_timer)
+                self._timer = asyncio.get_running_loop().call_at(max(deadline, self._now() + 1.0), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

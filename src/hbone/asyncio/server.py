@@ -182,11 +182,9 @@ class _Server:
             await asyncio.wait(ends, timeout=FLUSH_TIMEOUT + 1.0)
 
     async def _serve_stream(self, stream: TunnelStream) -> None:
-        tunnel = stream.session
-        assert isinstance(tunnel, Tunnel)
         if self._accept:
             stream.accept()
-        reader, writer = tunnel.make_pair(stream)
+        reader, writer = stream.make_pair()
         try:
             await self._handler(reader, writer)
             stream.accept()

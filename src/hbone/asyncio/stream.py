@@ -28,8 +28,24 @@ class TunnelStream(SessionStream):
 
     def __init__(self, tunnel: Tunnel, request: ConnectRequest, peer: SpiffeId) -> None:
         super().__init__(tunnel, request, peer)  # type: ignore[arg-type]  # Session is invariant in its streams
-        self.answered: asyncio.Future[None] = tunnel.loop.create_future()
         self.transport: HboneTransport | None = None
+        self._loop = tunnel.loop
+        self._answer = asyncio.Event()
+
+    async def wait_answer(self) -> None:
+        """Client: wait for the answer to CONNECT; its outcome is in `opened` and `failure`."""
+        await self._answer.wait()
+
+    def make_pair(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Reader and writer of this stream, once."""
+        loop = self._loop
+        reader = asyncio.StreamReader(loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        transport = HboneTransport(self, loop, protocol)
+        protocol.connection_made(transport)
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        transport.deliver()
+        return reader, writer
 
     def on_readable(self) -> None:
         """Hand on what arrived."""
@@ -43,8 +59,7 @@ class TunnelStream(SessionStream):
 
     def on_answer(self) -> None:
         """Wake who asked for this stream."""
-        if not self.answered.done():
-            self.answered.set_result(None)
+        self._answer.set()
 
 
 class HboneTransport(asyncio.Transport):

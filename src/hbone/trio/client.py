@@ -14,6 +14,7 @@ from hbone.identity import same_trust_domain
 from hbone.session import Contexts, as_peers, dialing_endpoint
 from hbone.tls import TlsContext
 from hbone.trio.connection import Connection
+from hbone.tunnelpool import DIAL_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from hbone.engine.flow import WindowBudget
     from hbone.identity import Authorizer, IdentitySource, SpiffeId
 
-__all__ = ["DIAL_TIMEOUT", "OpenTransport", "dial", "open_tcp", "open_tunnel"]
-
-DIAL_TIMEOUT = 10.0
-"""Seconds that connecting and the TLS handshake may take together."""
+__all__ = ["OpenTransport", "dial", "open_tcp", "open_tunnel"]
 
 if TYPE_CHECKING:
     OpenTransport = Callable[[str, int], Awaitable[trio.abc.Stream]]
@@ -41,7 +39,7 @@ async def open_tcp(host: str, port: int) -> trio.abc.Stream:
     """
     try:
         return await trio.open_tcp_stream(host, port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver can be asked for
         raise ConnectionLost(f"cannot connect to {host}:{port}: {_reason(error)}") from error
 
 
@@ -81,7 +79,11 @@ async def dial(
         except BaseException:
             await trio.aclose_forcefully(transport)
             raise
-        await nursery.start(connection.run)
+        try:
+            await nursery.start(connection.run)
+        except BaseException:
+            connection.close()  # it may be running already when the one who dialled is cancelled
+            raise
         return connection
     raise ConnectionLost(f"{host}:{port} did not complete a connection and TLS handshake within {timeout:g} s")
 

@@ -261,3 +261,22 @@ async def test_a_refused_stream_is_tried_on_another_tunnel() -> None:
             writer.write(b"hello")
             assert await reader.readexactly(5) == b"hello"
     assert tries == 2
+
+
+@under_asyncio
+async def test_closing_the_pool_gives_up_what_is_being_dialled() -> None:
+    pool = hbone.asyncio.ConnectionPool(source_of("web"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(5)
+        dialing = [
+            asyncio.create_task(pool.connect("10.0.0.7:8080", via=silent.getsockname(), peer=ORDERS)) for _ in range(5)
+        ]
+        await asyncio.sleep(0)
+        await pool.aclose()
+        for outcome in await asyncio.wait_for(asyncio.gather(*dialing, return_exceptions=True), 5):
+            assert isinstance(outcome, ConnectionLost)
+        accepted, _ = await asyncio.to_thread(silent.accept)
+        with accepted:
+            accepted.settimeout(5)
+            while await asyncio.to_thread(accepted.recv, 65536):
+                pass  # to the end of what it sent: the connection is closed

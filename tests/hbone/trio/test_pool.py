@@ -12,19 +12,25 @@ import trio.testing
 from tests.support.tunnels import ca, who
 
 from hbone.config import ConnectionConfig
+from hbone.connect import Authority, Baggage, ConnectRequest
+from hbone.endpoint import Endpoint
 from hbone.errors import (
     ConnectionLost,
     ConnectRejected,
     ErrorCode,
+    HboneError,
     IdentityError,
+    LocalProtocolError,
     PeerIdentityError,
     StreamResetError,
     TlsError,
 )
 from hbone.identity import StaticSource, any_peer
+from hbone.pool import PoolStatistics
 from hbone.testing.ca import TestCa
 from hbone.testing.network import Network
-from hbone.trio import ConnectionPool, HboneStream, serve_listeners
+from hbone.tls import TlsContext
+from hbone.trio import Connection, ConnectionPool, HboneStream, serve_listeners
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from trio.testing import MockClock
 
     from hbone.identity import Identity
+    from hbone.pool import PoolKey
 
 VIA = ("10.0.0.7", 15008)
 ORDERS = "spiffe://cluster.local/ns/shop/sa/orders"
@@ -467,3 +474,148 @@ async def test_what_is_no_spiffe_id_is_refused_before_a_dial() -> None:
         with pytest.raises(IdentityError):
             await pool.connect("10.0.0.7:8080", via=VIA, peer="orders")
         assert network.dials == []
+
+
+# What a peer, or the end of the pool, could leave behind
+
+
+class Waiters:
+    """Tasks that ask a pool for a stream, and what became of them."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self.pool = pool
+        self.failures: list[Exception] = []
+
+    async def one(self) -> None:
+        try:
+            await self.pool.connect("10.0.0.7:8080", via=VIA, peer=ORDERS)
+        except (HboneError, ZeroDivisionError) as error:
+            self.failures.append(error)
+
+
+async def test_all_who_wait_are_told_when_the_pool_is_closed(autojump_clock: MockClock) -> None:
+    network = Network()
+    network.silent.add(VIA)
+    async with trio.open_nursery() as nursery:
+        async with make_pool(network) as pool:
+            waiters = Waiters(pool)
+            for _ in range(5):
+                nursery.start_soon(waiters.one)
+                await trio.testing.wait_all_tasks_blocked()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [str(error) for error in waiters.failures] == ["the ConnectionPool is closed"] * 4
+    assert len(waiters.failures) == 5  # the one who dialled has its own deadline
+
+
+async def test_a_source_that_fails_fails_all_who_wait(autojump_clock: MockClock) -> None:
+    class Failing(StaticSource):
+        broken = False
+
+        def current(self) -> Identity:
+            if self.broken:
+                raise ZeroDivisionError
+            return super().current()
+
+    network = Network()
+    network.silent.add(VIA)
+    identity = who("web")
+    source = Failing(identity.svid, identity.bundles)
+    async with ConnectionPool(source, open_transport=network.open_transport) as pool:
+        waiters = Waiters(pool)
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(waiters.one)
+                    await trio.testing.wait_all_tasks_blocked()
+                source.broken = True
+    assert [type(error) for error in waiters.failures] == [ConnectionLost] + 4 * [ZeroDivisionError]
+
+
+async def test_who_waits_under_an_identity_that_changes_is_not_forgotten(autojump_clock: MockClock) -> None:
+    network = Network()
+    network.silent.add(VIA)
+    identity, other = who("web"), who("payments")
+    source = StaticSource(identity.svid, identity.bundles)
+    async with serving(network), ConnectionPool(source, open_transport=network.open_transport) as pool:
+        waiters = Waiters(pool)
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(waiters.one)
+                    await trio.testing.wait_all_tasks_blocked()
+                source.rotate(other.svid)
+                network.silent.clear()
+    assert len(waiters.failures) == 1
+    assert len(network.dials) == 2
+
+
+async def test_a_new_tunnel_is_not_the_one_that_goes_beyond_the_capacity() -> None:
+    network = Network()
+    elsewhere = ("10.0.0.8", 15008)
+    async with serving(network), serving(network, address=elsewhere), make_pool(network, capacity=1) as pool:
+        first = await pool.connect("10.0.0.7:8080", via=VIA, peer=ORDERS)
+        second = await pool.connect("10.0.0.8:8080", via=elsewhere, peer=ORDERS)
+        assert await ask(first, b"one") == b"one"
+        assert await ask(second, b"two") == b"two"
+        assert network.dials == [VIA, elsewhere]
+
+
+async def test_headers_that_the_peer_does_not_take_cost_no_tunnel() -> None:
+    network = Network()
+    large = ConnectRequest(
+        authority=Authority.parse("10.0.0.7:8080"), baggage=Baggage(workload_name="w" * 1000, namespace="n" * 1000)
+    )
+    async with serving(network, config=ConnectionConfig(max_header_list_size=1024)), make_pool(network) as pool:
+        stream = await pool.connect("10.0.0.7:8080", via=VIA, peer=ORDERS)
+        assert await ask(stream, b"hello") == b"hello"
+        with pytest.raises(LocalProtocolError, match="the peer takes 1024"):
+            await pool.connect(large, via=VIA, peer=ORDERS)
+        stream = await pool.connect("10.0.0.7:8080", via=VIA, peer=ORDERS)
+        assert await ask(stream, b"again") == b"again"
+        assert network.dials == [VIA]
+
+
+class SlowPool(ConnectionPool):
+    """Much happens between the end of a handshake and its use."""
+
+    async def _make_tunnel(self, key: PoolKey, identity: Identity) -> Connection:
+        tunnel = await super()._make_tunnel(key, identity)
+        await trio.testing.wait_all_tasks_blocked()
+        return tunnel
+
+
+async def test_a_tunnel_that_ended_before_its_first_stream_is_not_dialled_in_circles() -> None:
+    network = Network()
+    async with serving(network, authorize=lambda peer, own: False):
+        async with SlowPool(source_of(who("web")), open_transport=network.open_transport) as pool:
+            with trio.fail_after(10), pytest.raises(ConnectionLost, match="refused our certificate"):
+                await pool.connect("10.0.0.7:8080", via=VIA, peer=ORDERS)
+            assert network.dials == [VIA]
+            assert pool.statistics() == PoolStatistics(tunnels=0, idle=0, streams=0, dialing=0)
+
+
+async def test_a_peer_that_lets_nobody_in_is_given_up_and_its_tunnels_are_closed() -> None:
+    network = Network()
+    listener = network.listen(*VIA)
+    served: list[Connection] = []
+
+    async def serve_draining(nursery: trio.Nursery) -> None:
+        while True:
+            transport = await listener.accept()
+            endpoint = Endpoint(
+                TlsContext.server(who("orders")), client=False, authorize=lambda _: True, now=trio.current_time()
+            )
+            connection = Connection(transport, endpoint, client=False)
+            await nursery.start(connection.run)
+            connection.drain()
+            served.append(connection)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_draining, nursery)
+        async with SlowPool(source_of(who("web")), open_transport=network.open_transport) as pool:
+            with trio.fail_after(10), pytest.raises(ConnectionLost, match="took no stream on 4 tunnels"):
+                await pool.connect("10.0.0.7:8080", via=VIA, peer=ORDERS)
+            assert len(network.dials) == 4
+            await trio.testing.wait_all_tasks_blocked()
+            assert all(connection.failure is not None for connection in served)
+        nursery.cancel_scope.cancel()
