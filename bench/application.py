@@ -1,5 +1,7 @@
 """The application behind every pair of proxies: a process that echoes, swallows or pours out bytes.
 
+    python -m bench.application ADDRESS PORT...
+
 The first byte of a connection says what it is to do: `E` echo, `B` swallow and answer with the count, `D` pour out
 until the client ends, `I` do nothing. One epoll, so that a thousand connections cost it little.
 """
@@ -25,12 +27,12 @@ class Connection:
         self.pending = b""
 
 
-def serve(ports: list[int]) -> None:
+def serve(address: str, ports: list[int]) -> None:
     """Serve until killed."""
     epoll = select.epoll()
     listeners = {}
     for port in ports:
-        listener = socket.create_server(("0.0.0.0", port), backlog=4096)
+        listener = socket.create_server((address, port), backlog=4096)
         listener.setblocking(False)
         listeners[listener.fileno()] = listener
         epoll.register(listener.fileno(), select.EPOLLIN)
@@ -95,4 +97,4 @@ def _step(connection: Connection, events: int, buffer: bytearray, epoll: select.
 
 
 if __name__ == "__main__":
-    serve([int(argument) for argument in sys.argv[1:]])
+    serve(sys.argv[1], [int(argument) for argument in sys.argv[2:]])

@@ -90,10 +90,10 @@ def _load() -> list[Workload]:
             )
         )
     for name, title, runner, connections in (
-        ("paced", "p99 of 1,000 round trips/s", "paced", 1),
-        ("paced_bulk", "p99 of them beside a bulk stream", "beside_bulk", 1),
-        ("hundred", "p99 of a hundred small streams", "paced", 100),
-        ("hundred_bulk", "p99 of a hundred beside a bulk stream", "beside_bulk", 100),
+        ("paced", "p99, 1,000 round trips/s", "paced", 1),
+        ("paced_bulk", "p99, 1,000 round trips/s beside bulk", "beside_bulk", 1),
+        ("hundred", "p99, a hundred small streams", "paced", 100),
+        ("hundred_bulk", "p99, a hundred small streams beside bulk", "beside_bulk", 100),
     ):
         arguments = {"connections": connections, "per_second": 1000}
         made.append(Workload(name=name, title=title, runner=runner, arguments=arguments, kind="latency"))
@@ -112,7 +112,7 @@ def _tunnels() -> list[Workload]:
         ),
         Workload(
             name="tunnels",
-            title="p99 of a hundred tunnels",
+            title="p99, a hundred tunnels",
             runner="paced",
             arguments=hundred,
             kind="latency",
@@ -121,7 +121,7 @@ def _tunnels() -> list[Workload]:
         ),
         Workload(
             name="tunnels_hot",
-            title="p99 of a hundred tunnels beside a hot one",
+            title="p99, a hundred tunnels beside a hot one",
             runner="beside_bulk",
             arguments=hundred,
             kind="latency",
@@ -143,10 +143,10 @@ def _scale() -> list[Workload]:
         )
     ]
     for name, title in (
-        ("steady", "p99 of 100 round trips/s"),
-        ("steady_flood", "p99 of them beside a hostile peer"),
-        ("steady_idle", "p99 of them beside idle streams"),
-        ("steady_push", "p99 of them beside a push of workloads"),
+        ("steady", "p99, 100 round trips/s"),
+        ("steady_flood", "p99, 100 round trips/s beside a flood"),
+        ("steady_idle", "p99, 100 round trips/s beside idle streams"),
+        ("steady_push", "p99, 100 round trips/s beside a push"),
     ):
         found.append(
             Workload(

@@ -21,7 +21,7 @@ from bench.envoys import BINARY, Credentials, EnvoyPair
 from bench.errors import BenchError
 from bench.figures import DIRECT, OURS
 from bench.measure import resident, spawn
-from hbone.testing.envoy import EnvoyPorts
+from hbone.testing.envoy import EnvoyPorts, free_port
 from hbone.testing.hosts import NamespaceHost
 from hbone.testing.mesh import CONTROL_PLANE, Daemon, Mesh, mesh
 
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from bench.catalogue import Stage as StageName
     from hbone.testing.hosts import Host
 
-__all__ = ["Peer", "Plan", "Stage", "named", "stage"]
+__all__ = ["ENVOY", "RUST", "Peer", "Plan", "Stage", "named", "stage"]
 
 ENVOY, RUST = "envoy", "ztunnel-rs"
 PORTS = {OURS: 8080, ENVOY: 8081, DIRECT: 8082, RUST: 8080}
 """The application's ports; which one decides whose proxies a connection goes through."""
 POLICIES = 1000
+LOOPBACK = "127.0.79"
+"""Where loopback hosts are; not where tests and demos have theirs."""
 
 WORKLOADS = """\
 apiVersion: networking.istio.io/v1
@@ -141,7 +143,9 @@ async def stage(directory: Path, name: StageName, plan: Plan) -> AsyncIterator[S
     names = ["alpha", "beta"] + ["gamma", "delta"] * (binary is not None)
     documents = _documents(binary is not None)
     async with (
-        mesh(directory, names, namespaces=plan.namespaces, documents=documents, capture=False) as running,
+        mesh(
+            directory, names, namespaces=plan.namespaces, documents=documents, capture=False, loopback=LOOPBACK
+        ) as running,
         contextlib.AsyncExitStack() as stack,
     ):
         alpha, beta = running.hosts["alpha"], running.hosts["beta"]
@@ -161,8 +165,8 @@ async def stage(directory: Path, name: StageName, plan: Plan) -> AsyncIterator[S
             versions[ENVOY] = _envoy_version()
         if binary is not None:
             await _application(running.hosts["delta"], [PORTS[RUST]], stack)
-            settings = environment | rust.environment(plan.workers)
-            peers.append(await _rust(running, binary, settings, peers[1].hostile))
+            environment |= rust.environment(plan.workers)
+            peers.append(await _rust(running, binary, environment, peers[1].hostile))
             versions[RUST] = rust.version(binary)
         if name == "load":
             peers += named(os.environ.get("BENCH_PEER", ""))
@@ -191,7 +195,7 @@ def _prepare(running: Mesh, ports: EnvoyPorts) -> None:
 
 
 async def _application(host: Host, ports: list[int], stack: contextlib.AsyncExitStack) -> None:
-    command = host.command(sys.executable, "-m", "bench.application", *map(str, ports))
+    command = host.command(sys.executable, "-m", "bench.application", host.address, *map(str, ports))
     process = spawn(command)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -265,7 +269,7 @@ async def _envoys(
         started.append(time.perf_counter() - began)
         pids.insert(0, daemon.pid)
         if not running.namespaces:
-            ports.admin += 1  # both stand on one loopback
+            ports.admin = free_port()  # both stand on one loopback
     job = {"host": beta.address, "port": PORTS[ENVOY]}
     if not running.namespaces:
         job = {"host": alpha.address, "port": ports.outbound}

@@ -22,7 +22,7 @@ STYLE = """\
   .title { font-size: 17px; font-weight: 600; }
   .muted { fill: #59636e; font-size: 12px; }
   .group { fill: #59636e; font-size: 11px; font-weight: 600; letter-spacing: 0.06em; }
-  .value { font-size: 12px; font-variant-numeric: tabular-nums; }
+  .value { font-size: 12px; font-variant-numeric: tabular-nums; paint-order: stroke; stroke: #ffffff; stroke-width: 4; }
   .ground { fill: #ffffff; }
   .grid { stroke: #d1d9e0; stroke-width: 1; }
   .even { stroke: #59636e; stroke-width: 1.5; }
@@ -32,6 +32,7 @@ STYLE = """\
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3; }
     .muted, .group { fill: #9198a1; }
+    .value { stroke: #0d1117; }
     .ground { fill: #0d1117; }
     .grid { stroke: #30363d; }
     .even { stroke: #9198a1; }
@@ -104,9 +105,9 @@ def svg(bars: Sequence[Bar], peers: Sequence[str], *, title: str, subtitle: str)
         kind = "even" if step == 1 else "grid"
         grid.append(f'<line x1="{x:.1f}" y1="{TOP - 6}" x2="{x:.1f}" y2="{bottom:.1f}" class="{kind}"/>')
         grid.append(_text(x, bottom + 18, f"{step:g}", "muted", "middle"))
-    legend = "shorter is better; 1 is " + " and ".join(peers)
+    legend = "ours as a share of theirs; shorter is better"
     if len(peers) > 1:
-        legend += f" (full colour: {peers[0]}, pale: {', '.join(peers[1:])})"
+        legend += f"; from the top: {', '.join(peers)}"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}"'

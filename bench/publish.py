@@ -12,6 +12,7 @@ from bench.catalogue import WORKLOADS, Workload
 from bench.errors import BenchError
 from bench.figures import DIRECT, FACTS, METRICS, OURS, fact_ratio, ratio, summary
 from bench.measure import host_facts
+from bench.peers import ENVOY, RUST
 from bench.plot import Bar, svg
 from bench.tables import markdown
 
@@ -94,16 +95,21 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def shown(outcome: Outcome) -> list[str]:
+    """The peers that are published; pairs that somebody brought are in `latest.json` only."""
+    return [peer for peer in outcome.peers if peer in (DIRECT, OURS, ENVOY, RUST)]
+
+
 def bars(outcome: Outcome) -> tuple[list[Bar], list[str]]:
     """What the picture shows, and whom it compares to."""
-    others = [peer for peer in outcome.peers if peer not in (OURS, DIRECT)]
+    others = [peer for peer in shown(outcome) if peer not in (OURS, DIRECT)]
     made = []
     for name in outcome.samples:
         workload = WORKLOADS[name]
         group = "latency (p99)" if workload.headline == "p99_us" else "CPU of both proxies"
         ratios = tuple(ratio(outcome.samples, workload, other) for other in others)
         if any(value is not None for value in ratios):
-            made.append(Bar(group=group, title=workload.title.removeprefix("p99 of "), ratios=ratios))
+            made.append(Bar(group=group, title=workload.title.removeprefix("p99, "), ratios=ratios))
     for name in outcome.facts:
         ratios = tuple(fact_ratio(outcome.facts, name, other) for other in others)
         if any(value is not None for value in ratios):
@@ -121,9 +127,9 @@ def _machine(host: dict[str, Any]) -> str:
 
 def picture(outcome: Outcome) -> str:
     """The SVG."""
-    shown, others = bars(outcome)
+    lines, others = bars(outcome)
     names = [f"{name} {outcome.versions[name]}" if name in outcome.versions else name for name in others]
-    return svg(shown, names, title=f"hbone beside {' and '.join(names)}", subtitle=_machine(host_facts()))
+    return svg(lines, names, title=f"hbone beside {' and '.join(names)}", subtitle=_machine(host_facts()))
 
 
 def readme_block(outcome: Outcome, verdict: Verdict) -> str:
@@ -137,7 +143,7 @@ def readme_block(outcome: Outcome, verdict: Verdict) -> str:
             f"{plan.idle_streams:,} idle streams, {plan.idle_tunnels:,} idle tunnels, {plan.pushed:,} workloads "
             "pushed.",
             "![ours to theirs, by workload](docs/bench.svg)",
-            markdown(outcome.samples, outcome.facts, outcome.peers, verdict),
+            markdown(outcome.samples, outcome.facts, shown(outcome), verdict),
             METHOD,
             "Again with `make bench ARGS=--publish`.",
         ]
