@@ -1,12 +1,11 @@
-"""The two services of port 15012, CA and discovery. What a caller did wrong is told; who it failed to be is not."""
+"""The services of port 15012, discovery here and the CA beside it. What a caller did wrong is told, and no more."""
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -14,57 +13,32 @@ from google.protobuf.message import DecodeError
 
 from hbone.daemon.logs import get_logger
 from hbone.grpc import GrpcError, StatusCode
-from miniistiod import auth, ca
+from miniistiod import auth
+from miniistiod.callers import Callers, remote_of
+from miniistiod.certificates import CREATE_CERTIFICATE, CertificateService
 from miniistiod.discovery import ADDRESS, AUTHORIZATION, HEALTH, Subscriber, TooManyNamesError
-from ztunnel.wire import ca_pb2, discovery_pb2
+from miniistiod.revocation import REVOCATIONS, RevocationFeed
+from ztunnel.wire import discovery_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from hbone.identity import SpiffeId
+    from miniistiod.authority import Authority
+    from miniistiod.callers import Call
     from miniistiod.config import Config
     from miniistiod.mesh import Mesh
     from miniistiod.metrics import Metrics
     from miniistiod.store import Store
 
-__all__ = ["Api", "Call"]
+__all__ = ["Api"]
 
 _log = get_logger("miniistiod.api")
-_audit = get_logger("miniistiod.ca")
-CREATE_CERTIFICATE = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
 DELTA = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 STATE_OF_THE_WORLD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
 FIRST_REQUEST_SECONDS = 30.0
 """A stream whose client says nothing for this long ends."""
 STREAMS_PER_NODE = 2
 """One that is coming and one that is going; a third ends the oldest."""
-
-
-class Call(Protocol):
-    """What is used of `hbone.trio.grpc.GrpcCall`."""
-
-    @property
-    def peer(self) -> SpiffeId | None:
-        """Identity of the verified client certificate."""
-        ...
-
-    @property
-    def metadata(self) -> Any:
-        """Header fields, as pairs of name and value."""
-        ...
-
-    @property
-    def remote_address(self) -> Any:
-        """Where the caller connected from."""
-        ...
-
-    async def receive(self) -> bytes | None:
-        """The next message; None at the end."""
-        ...
-
-    async def send(self, message: bytes, /) -> None:
-        """Send a message."""
-        ...
 
 
 @attrs.define(eq=False)
@@ -78,6 +52,7 @@ class _Stream:
     remote: str
     since: float
     scope: trio.CancelScope
+    revocations: RevocationFeed
     wake: trio.Event = attrs.Factory(trio.Event)
     failure: GrpcError | None = None
     ended: bool = False
@@ -86,97 +61,30 @@ class _Stream:
 class Api:
     """Handlers by the path of their method."""
 
-    def __init__(self, config: Config, store: Store, mesh: Mesh, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        mesh: Mesh,
+        metrics: Metrics,
+        authority: Authority,
+        issuers: auth.Verifier | None = None,
+    ) -> None:
         self._config = config
         self._store = store
         self._mesh = mesh
         self._metrics = metrics
-        self._signer = store.signer()
-        self._roots = store.roots()
-        self._authenticator = auth.Authenticator(store)
-        self._anonymous = auth.RateLimiter(per_second=50, burst=500)
-        self._callers = auth.RateLimiter(per_second=10, burst=100)
+        self._authority = authority
+        self._callers = Callers(auth.Authenticator(store, issuers), metrics)
+        self._certificates = CertificateService(config, authority, mesh, self._callers, metrics)
         self._numbers = itertools.count(1)
         self.streams: dict[str, _Stream] = {}
         self.handlers: dict[str, Callable[[Any], Awaitable[None]]] = {
-            CREATE_CERTIFICATE: self.create_certificate,
+            CREATE_CERTIFICATE: self._certificates.create,
             DELTA: self.delta,
             STATE_OF_THE_WORLD: self.state_of_the_world,
         }
-        metrics.root_expiry.set(self._signer.certificate.not_valid_after_utc.timestamp())
-
-    # -- certificates
-
-    async def create_certificate(self, call: Call) -> None:
-        """Sign a certificate for the identity that the caller has shown to be."""
-        self._metrics.requests.inc()
-        request = _parse(ca_pb2.IstioCertificateRequest, await call.receive())
-        self._limit_anonymous(call)
-        # The whole request is judged before a token is spent on it.
-        try:
-            key = ca.parse_request(request.csr)
-            lifetime = ca.lifetime_for(
-                request.validity_duration, self._config.default_lifetime, self._config.max_lifetime
-            )
-        except (ca.CertificateRequestError, ca.LifetimeError) as error:
-            self._metrics.bad_requests.inc()
-            _log.info("certificate request refused", reason=str(error), peer=_remote(call))
-            raise GrpcError(StatusCode.INVALID_ARGUMENT, f"CSR signing error ({error})") from None
-        key_sha256 = ca.key_hash(key)
-        try:
-            caller = await trio.to_thread.run_sync(
-                self._authenticator.for_certificate, call.peer, call.metadata, key_sha256, time.time()
-            )
-        except auth.Refused as error:
-            self._metrics.unauthenticated.labels("ca").inc()
-            _log.warning("certificate refused", reason=str(error), peer=_remote(call))
-            raise GrpcError(StatusCode.UNAUTHENTICATED, "request authenticate failure") from None
-        wanted = dict(request.metadata.fields).get("ImpersonatedIdentity")
-        if wanted is not None and wanted.string_value != str(caller.identity):
-            self._metrics.unauthenticated.labels("ca").inc()
-            _log.warning(
-                "certificate for another identity refused",
-                caller=str(caller.identity),
-                wanted=wanted.string_value[:2048],
-                peer=_remote(call),
-            )
-            raise GrpcError(StatusCode.UNAUTHENTICATED, "request impersonation authentication failure")
-        if not self._callers.allow(str(caller.identity), time.monotonic()):
-            raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, "request rate limit exceeded: try again in a second")
-        chain = await trio.to_thread.run_sync(self._sign, caller, key, key_sha256, lifetime)
-        if caller.enrolled:
-            await self._mesh.enrolled(caller)
-        await call.send(ca_pb2.IstioCertificateResponse(cert_chain=chain).SerializeToString())
-
-    def _sign(self, caller: auth.Caller, key: ca.PublicKey, key_sha256: str, lifetime: datetime.timedelta) -> list[str]:
-        now = datetime.datetime.now(datetime.UTC)
-        try:
-            certificate = ca.issue(self._signer, key, caller.identity, lifetime, now)
-        except ca.SigningError as error:
-            _log.error("cannot sign", reason=str(error))
-            raise GrpcError(StatusCode.INTERNAL, "CSR signing error (the authority cannot sign)") from None
-        self._store.record_certificate(
-            certificate,
-            spiffe_id=str(caller.identity),
-            name=caller.name or "",
-            key_sha256=key_sha256,
-            caller=caller.how,
-            now=now.timestamp(),
-        )
-        self._metrics.issued.labels(caller.how.rpartition(" ")[0] or caller.how).inc()
-        _audit.info(
-            "certificate issued",
-            identity=str(caller.identity),
-            serial=f"{certificate.serial_number:032x}",
-            key=key_sha256,
-            caller=caller.how,
-            expires=certificate.not_valid_after_utc.isoformat(),
-        )
-        return ca.response_chain(certificate, self._signer, self._roots)
-
-    def _limit_anonymous(self, call: Call) -> None:
-        if call.peer is None and not self._anonymous.allow(_host(call), time.monotonic()):
-            raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, "request rate limit exceeded: try again in a second")
+        authority.on_change(self.authority_changed)
 
     # -- discovery
 
@@ -187,17 +95,8 @@ class Api:
 
     async def delta(self, call: Call) -> None:
         """One discovery stream, until either side ends it."""
-        self._limit_anonymous(call)
-        try:
-            caller = await trio.to_thread.run_sync(
-                self._authenticator.for_stream, call.peer, call.metadata, time.time()
-            )
-        except auth.Refused as error:
-            self._metrics.unauthenticated.labels("discovery").inc()
-            _log.warning("discovery refused", reason=str(error), peer=_remote(call))
-            raise GrpcError(StatusCode.UNAUTHENTICATED, "authentication failure") from None
-        if not self._callers.allow(str(caller.identity), time.monotonic()):
-            raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, "request rate limit exceeded: try again in a second")
+        self._callers.limit_anonymous(call)
+        caller = await self._callers.for_stream(call)
         if not self._mesh.status.loaded:
             raise GrpcError(StatusCode.UNAVAILABLE, "server is not ready to serve discovery information")
         with trio.move_on_after(FIRST_REQUEST_SECONDS) as waiting:
@@ -208,7 +107,16 @@ class Api:
         stream_id = f"{next(self._numbers)}-{secrets.token_hex(4)}"
         subscriber = Subscriber(stream_id, node=node.node_name)
         with trio.CancelScope() as scope:
-            stream = _Stream(stream_id, caller, node, subscriber, _remote(call), time.time(), scope)
+            stream = _Stream(
+                stream_id,
+                caller,
+                node,
+                subscriber,
+                remote_of(call),
+                time.time(),
+                scope,
+                RevocationFeed(stream=stream_id),
+            )
             self._end_oldest(stream)
             self.streams[stream_id] = stream
             self._metrics.streams.set(len(self.streams))
@@ -230,6 +138,15 @@ class Api:
         if scope.cancelled_caught:
             raise GrpcError(StatusCode.UNAVAILABLE, "a newer stream of the same node took the place of this one")
 
+    def authority_changed(self) -> None:
+        """Roots or revocations changed: cut the streams of those who were revoked, tell the others."""
+        for stream in self.streams.values():
+            if why := auth.problem(self._store, stream.caller):
+                _log.warning("ztunnel cut off", node=stream.node.id, identity=str(stream.caller.identity), reason=why)
+                stream.failure = GrpcError(StatusCode.UNAUTHENTICATED, "authentication failure")
+                stream.scope.cancel()
+            stream.wake.set()
+
     def end_streams(self) -> None:
         """The control plane goes away: clients are to connect again."""
         for stream in self.streams.values():
@@ -248,7 +165,7 @@ class Api:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, str(error)) from None
         except auth.Refused as error:
             self._metrics.unauthenticated.labels("discovery").inc()
-            _log.warning("discovery refused", reason=str(error), peer=_remote(call))
+            _log.warning("discovery refused", reason=str(error), peer=remote_of(call))
             raise GrpcError(
                 StatusCode.PERMISSION_DENIED,
                 "authorization failed: the node's namespace and service account are not those of the caller",
@@ -281,6 +198,9 @@ class Api:
         stream.wake.set()
 
     def _take(self, stream: _Stream, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
+        if request.type_url == REVOCATIONS:
+            stream.revocations.request(request)
+            return
         if request.type_url not in (ADDRESS, AUTHORIZATION, HEALTH):
             _log.debug("subscription to an unknown type ignored", type=request.type_url[:200], node=stream.node.id)
         rejection = stream.subscriber.request(request, trio.current_time())
@@ -297,6 +217,9 @@ class Api:
         try:
             while True:
                 stream.wake = trio.Event()
+                lists = stream.revocations.take(self._authority.view.crl)
+                if lists is not None:
+                    await call.send(lists.SerializeToString())
                 stream.subscriber.offer(self._mesh.snapshot)
                 for response in stream.subscriber.take(trio.current_time()):
                     self._metrics.pushes.labels(_short(response.type_url)).inc()
@@ -321,13 +244,3 @@ def _parse(kind: Any, data: bytes | None) -> Any:
 
 def _short(type_url: str) -> str:
     return type_url.rpartition(".")[2]
-
-
-def _remote(call: Call) -> str:
-    address = call.remote_address
-    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
-
-
-def _host(call: Call) -> str:
-    address = call.remote_address
-    return str(address[0]) if isinstance(address, tuple) and address else str(address)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +13,17 @@ from hbone.daemon.http import serve_asgi, unix_listener
 from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
 from hbone.trio.grpc import GrpcServer
-from miniistiod import issue_tokens, pages, watch
+from miniistiod import expiry, issue_tokens, pages, watch
 from miniistiod.api import Api
+from miniistiod.authority import Authority
 from miniistiod.mesh import Mesh
 from miniistiod.metrics import Metrics
 from miniistiod.resources import load
 from miniistiod.server_certificate import ServerTls, names_of_host
-from miniistiod.store import ADMIN_SOCKET, DATABASE, Store
+from miniistiod.store import ADMIN_SOCKET, DATABASE, Store, locked
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator
     from types import TracebackType
 
     from miniistiod.config import Address, Config
@@ -76,6 +75,7 @@ class MiniIstiod:
         self.store: Store
         self.mesh: Mesh
         self.api: Api
+        self.authority: Authority
         self._metrics = Metrics()
         self._context: contextlib.AbstractAsyncContextManager[None] | None = None
 
@@ -140,11 +140,12 @@ class MiniIstiod:
         failure: Exception | None = None
         with contextlib.ExitStack() as stack:
             self.store = stack.enter_context(contextlib.closing(await trio.to_thread.run_sync(open_state, config)))
-            stack.enter_context(_exclusive(config))
+            stack.enter_context(locked(config.state_dir))
+            self.authority = await trio.to_thread.run_sync(Authority, self.store)
             self.mesh = Mesh(config, self.store, self._metrics)
             await self.mesh.restore()
             await self.mesh.reload()
-            self.api = Api(config, self.store, self.mesh, self._metrics)
+            self.api = Api(config, self.store, self.mesh, self._metrics, self.authority)
             grpc = await _listen(config.listen)
             stack.callback(_close_all, grpc)
             monitoring = await _listen(config.monitoring)
@@ -154,13 +155,14 @@ class MiniIstiod:
             self.addresses, self.monitoring_addresses = _bound(grpc), _bound(monitoring)
             bound = [host for host, _ in self.addresses]
             names = await trio.to_thread.run_sync(names_of_host, config.names, bound)  # asks the resolver
-            tls = ServerTls(self.store, names)
+            tls = ServerTls(self.authority, self.store.trust_domain, names)
             tls.context()  # what is wrong with a name or the root is told now, not at the first connection
             server = GrpcServer(self.api.handlers)
             async with trio.open_nursery() as nursery:
                 look = watch.looking_at(config.config_dir)
                 nursery.start_soon(watch.watch, look, self.mesh.fingerprint, self.mesh.reload, config.debounce)
                 nursery.start_soon(self._housekeeping)
+                nursery.start_soon(self.authority.keep_up)
                 app = pages.monitoring_app(self.mesh, self._metrics, self._refresh_metrics)
                 await nursery.start(_serve_pages, app, monitoring)
                 await nursery.start(_serve_pages, pages.admin_app(self.mesh, self.store, self.api), [admin])
@@ -187,32 +189,13 @@ class MiniIstiod:
 
     def _refresh_metrics(self) -> None:
         now = time.time()
-        ends = [
-            item.expires for item in self.store.list_tokens() if item.kind == "reusable" and item.state(now) == "valid"
-        ]
-        self._metrics.token_expiry.set(min(ends, default=0.0))
+        self._metrics.root_expiry.set(self.authority.view.signer.root.not_valid_after_utc.timestamp())
+        self._metrics.token_expiry.set(expiry.next_token_end(self.store, now))
 
     async def _housekeeping(self) -> None:
         while True:
             await trio.to_thread.run_sync(self.store.forget_expired, time.time())
             await trio.sleep(_HOUSEKEEPING_SECONDS)
-
-
-@contextlib.contextmanager
-def _exclusive(config: Config) -> Iterator[None]:
-    """One control plane for each state; the lock goes with the process, however it ends."""
-    path = config.state_dir / "lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(
-                f"another miniistiod runs on the state in {str(config.state_dir)!r}; stop it first"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 async def _listen(address: Address) -> list[trio.SocketListener]:

@@ -1,8 +1,7 @@
 """Who is asking, and which identity they may have. Decides; reads no socket and no clock.
 
-A caller is what its verified client certificate says, else what its token stands for. Either way it gets that one
-identity: `ImpersonatedIdentity` for another is refused, whoever asks. What is wrong goes to our log; the caller hears
-only that it was refused.
+A caller is what its verified client certificate says, else what its token stands for. What is wrong with either goes
+to our log; the caller hears only that it was refused.
 """
 
 from __future__ import annotations
@@ -18,18 +17,21 @@ from miniistiod import tokens
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from miniistiod.store import Redemption
+    from miniistiod.store import IssuedCertificate, Redemption, TokenRecord
 
 __all__ = [
     "Authenticator",
     "BadNode",
     "Caller",
     "Node",
+    "Presented",
     "RateLimiter",
     "Refused",
     "TokenStore",
+    "Verifier",
     "check_node",
     "parse_node_id",
+    "problem",
 ]
 
 
@@ -38,16 +40,37 @@ class Refused(HboneError):
 
 
 @attrs.frozen(kw_only=True)
+class Presented:
+    """The client certificate that a caller showed, its chain verified."""
+
+    identity: SpiffeId
+    serial: str = ""
+    """As the register has it."""
+    not_before: float = 0.0
+    """Seconds since 1970."""
+
+
+@attrs.frozen(kw_only=True)
 class Caller:
     """Somebody whose identity is known."""
 
     identity: SpiffeId
     how: str
-    """`certificate`, `one-time token ID` or `reusable token ID`."""
+    """`certificate`, `one-time token ID`, `reusable token ID` or `JWT of ISSUER`."""
     name: str | None = None
-    """The WorkloadEntry that a one-time token is bound to."""
+    """The workload that its one-time token named; its renewals keep it."""
     enrolled: bool = False
     """A host that has just turned a one-time token into an identity."""
+    serial: str = ""
+    """Of its certificate."""
+    token: str = ""
+    """Id of the token that it shows, or that its certificate goes back to."""
+    node: str = ""
+    """The node whose proxy it is; it may ask for the identities of the workloads there."""
+    group: str = ""
+    """The WorkloadGroup that its host registers in."""
+    since: float = 0.0
+    """When what it shows was made, as far as no list of ours says so; seconds since 1970."""
 
     @property
     def namespace(self) -> str:
@@ -58,6 +81,11 @@ class Caller:
     def service_account(self) -> str:
         """The service account of its identity."""
         return self.identity.service_account or ""
+
+    @property
+    def kind(self) -> str:
+        """`how` without what is told apart there; for metrics."""
+        return self.how.partition(" of ")[0].removesuffix(f" {self.token}")
 
 
 class TokenStore(Protocol):
@@ -74,41 +102,77 @@ class TokenStore(Protocol):
         """Why a reusable token is worthless; empty when it is good."""
         ...
 
+    def token(self, token_id: str) -> TokenRecord | None:
+        """A token by its id."""
+        ...
+
+    def certificate(self, serial: str) -> IssuedCertificate | None:
+        """A certificate of the register."""
+        ...
+
+    def identity_revoked(self, spiffe_id: str) -> float | None:
+        """When an identity was revoked."""
+        ...
+
+
+class Verifier(Protocol):
+    """Knows tokens that others issue."""
+
+    def verify(self, text: str, now: float) -> tuple[str, str, str, float]:
+        """Issuer, namespace, service account and time of issue; raises `tokens.BadToken`."""
+        ...
+
+
+def problem(store: TokenStore, caller: Caller) -> str:
+    """Why a caller that was believed is so no longer; empty while it is."""
+    if caller.serial:
+        record = store.certificate(caller.serial)
+        if record is not None:
+            return f"the certificate {caller.serial} is revoked" if record.revoked is not None else ""
+    elif caller.token:
+        token = store.token(caller.token)
+        if token is None or token.revoked is not None:
+            return f"the token {caller.token} is revoked"
+        return ""
+    at = store.identity_revoked(str(caller.identity))
+    if at is not None and caller.since <= at:
+        return f"{caller.identity} was revoked after what was presented for it was made"
+    return ""
+
 
 class Authenticator:
     """Finds out who is asking."""
 
-    def __init__(self, store: TokenStore) -> None:
+    def __init__(self, store: TokenStore, issuers: Verifier | None = None) -> None:
         self._store = store
+        self._issuers = issuers
 
-    def for_stream(self, peer: SpiffeId | None, metadata: Iterable[tuple[str, str | bytes]], now: float) -> Caller:
-        """Who opens a discovery stream: by certificate or reusable token.
+    def for_stream(self, peer: Presented | None, metadata: Iterable[tuple[str, str | bytes]], now: float) -> Caller:
+        """Who opens a discovery stream: by certificate, or a token that is good for more than one use.
 
         Raises:
             Refused: neither is good.
         """
-        caller, token = self._certificate_or_token(peer, metadata)
-        if caller is not None:
-            return caller
-        assert token is not None
+        if peer is not None:
+            return self._certificate(peer)
+        token = _bearer(metadata)
         if tokens.split_secret(token) is not None:
             raise Refused("a one-time token was presented for discovery; it is good for the first certificate only")
-        return self._reusable(token, now)
+        return self._lasting(token, now)
 
     def for_certificate(
-        self, peer: SpiffeId | None, metadata: Iterable[tuple[str, str | bytes]], key_sha256: str, now: float
+        self, peer: Presented | None, metadata: Iterable[tuple[str, str | bytes]], key_sha256: str, now: float
     ) -> Caller:
-        """Who asks for a certificate: by certificate, reusable token, or a one-time token, which is spent by this.
+        """Who asks for a certificate: by certificate, or a token; a one-time token is spent by this.
 
         Raises:
             Refused: none of them is good.
         """
-        caller, token = self._certificate_or_token(peer, metadata)
-        if caller is not None:
-            return caller
-        assert token is not None
+        if peer is not None:
+            return self._certificate(peer)
+        token = _bearer(metadata)
         if tokens.split_secret(token) is None:
-            return self._reusable(token, now)
+            return self._lasting(token, now)
         redemption = self._store.redeem(token, key_sha256, now)
         record = redemption.token
         if record is None:
@@ -118,18 +182,35 @@ class Authenticator:
             how=f"one-time token {record.id}",
             name=record.name,
             enrolled=True,
+            token=record.id,
+            node=record.node,
+            group=record.group,
         )
 
-    def _certificate_or_token(
-        self, peer: SpiffeId | None, metadata: Iterable[tuple[str, str | bytes]]
-    ) -> tuple[Caller | None, str | None]:
-        if peer is not None:
-            if peer.trust_domain != self._store.trust_domain or peer.namespace is None:
-                raise Refused(f"the certificate is for {peer}, which is not a workload of {self._store.trust_domain}")
-            return Caller(identity=peer, how="certificate"), None
-        return None, _bearer(metadata)
+    def _certificate(self, peer: Presented) -> Caller:
+        identity = peer.identity
+        if identity.trust_domain != self._store.trust_domain or identity.namespace is None:
+            raise Refused(f"the certificate is for {identity}, which is not a workload of {self._store.trust_domain}")
+        record = self._store.certificate(peer.serial) if peer.serial else None
+        if record is not None and record.spiffe_id != str(identity):
+            raise Refused(f"the certificate {peer.serial} is for {identity}, and was issued for {record.spiffe_id}")
+        caller = Caller(
+            identity=identity,
+            how="certificate",
+            name=(record.name or None) if record is not None else None,
+            serial=peer.serial,
+            token=record.token if record is not None else "",
+            node=record.node if record is not None else "",
+            group=record.group if record is not None else "",
+            since=peer.not_before,
+        )
+        if why := problem(self._store, caller):
+            raise Refused(why)
+        return caller
 
-    def _reusable(self, text: str, now: float) -> Caller:
+    def _lasting(self, text: str, now: float) -> Caller:
+        if self._issuers is not None and not tokens.is_ours(text):
+            return self._foreign(text, now)
         try:
             token = tokens.verify_reusable(text, self._store.token_key, self._store.trust_domain, now)
             identity = SpiffeId.istio(token.trust_domain, token.namespace, token.service_account)
@@ -137,7 +218,26 @@ class Authenticator:
             raise Refused(str(error)) from None
         if reason := self._store.reusable(text, token, now):
             raise Refused(reason)
-        return Caller(identity=identity, how=f"reusable token {token.id}")
+        record = self._store.token(token.id)
+        return Caller(
+            identity=identity,
+            how=f"reusable token {token.id}",
+            token=token.id,
+            node=record.node if record is not None else "",
+            group=record.group if record is not None else "",
+        )
+
+    def _foreign(self, text: str, now: float) -> Caller:
+        assert self._issuers is not None
+        try:
+            issuer, namespace, account, issued = self._issuers.verify(text, now)
+            identity = SpiffeId.istio(self._store.trust_domain, namespace, account)
+        except (tokens.BadToken, IdentityError) as error:
+            raise Refused(str(error)) from None
+        caller = Caller(identity=identity, how=f"JWT of {issuer}", since=issued)
+        if why := problem(self._store, caller):
+            raise Refused(why)
+        return caller
 
 
 def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -26,8 +26,6 @@ from hbone.errors import HboneError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
-
     from hbone.identity import SpiffeId
 
 __all__ = [
@@ -38,17 +36,21 @@ __all__ = [
     "PublicKey",
     "Signer",
     "SigningError",
+    "SigningKey",
     "certificate_pem",
+    "fingerprint",
     "issue",
     "issue_server",
     "key_hash",
     "lifetime_for",
+    "make_crl",
     "make_root",
     "parse_request",
     "response_chain",
 ]
 
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
+SigningKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 
 MAX_REQUEST_BYTES = 16 * 1024
 """Bytes of a CSR's PEM text."""
@@ -57,6 +59,8 @@ DEFAULT_LIFETIME = datetime.timedelta(hours=24)
 MAX_LIFETIME = datetime.timedelta(days=90)
 SERVER_LIFETIME = datetime.timedelta(days=30)
 """Of the control plane's own certificate, which is made again at half of it and at every start."""
+CRL_LIFETIME = datetime.timedelta(days=7)
+"""Of a list of revoked certificates, which is made again every day and with each revocation."""
 _ROOT_BACKDATE = datetime.timedelta(hours=1)
 _BACKDATE = datetime.timedelta(seconds=120)
 _MAX_RSA_BITS = 4096
@@ -80,14 +84,31 @@ class Signer:
     """A signing certificate with its key."""
 
     certificate: x509.Certificate
-    key: CertificateIssuerPrivateKeyTypes = attrs.field(repr=False)
+    key: SigningKey = attrs.field(repr=False)
+    issuers: tuple[x509.Certificate, ...] = ()
+    """The certificates above it, up to and with the root; none for a root."""
 
     @classmethod
     def from_pem(cls, certificate: bytes, key: bytes) -> Signer:
         """Read what `certificate_pem` and `key_pem` wrote."""
         private = serialization.load_pem_private_key(key, None)
-        assert isinstance(private, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
+        assert isinstance(private, SigningKey)
         return cls(x509.load_pem_x509_certificate(certificate), private)
+
+    @property
+    def chain(self) -> tuple[x509.Certificate, ...]:
+        """What a leaf is sent with: this certificate and those above it, without the root."""
+        return (self.certificate, *self.issuers)[:-1]
+
+    @property
+    def root(self) -> x509.Certificate:
+        """Where its chain ends."""
+        return (self.certificate, *self.issuers)[-1]
+
+    @property
+    def expires(self) -> datetime.datetime:
+        """When the first certificate of its chain ends, and with it everything that is signed."""
+        return min(item.not_valid_after_utc for item in (self.certificate, *self.issuers))
 
     def key_pem(self) -> bytes:
         """The private key, for the state."""
@@ -97,8 +118,13 @@ class Signer:
 
     @property
     def sha256(self) -> bytes:
-        """SHA-256 of the certificate's DER; an enrolment token carries it."""
+        """SHA-256 of the certificate's DER."""
         return self.certificate.fingerprint(hashes.SHA256())
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of a certificate's DER, in hex."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
 
 
 def make_root(trust_domain: str, now: datetime.datetime) -> Signer:
@@ -247,10 +273,9 @@ def _issue(
     not_after: datetime.datetime,
     now: datetime.datetime,
 ) -> x509.Certificate:
-    end = signer.certificate.not_valid_after_utc
+    end = signer.expires
     if end <= now:
-        raise SigningError(f"the root certificate expired at {end:%Y-%m-%dT%H:%M:%SZ}; a new one is needed")
-    identifier = signer.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        raise SigningError(f"the signing certificate expired at {end:%Y-%m-%dT%H:%M:%SZ}; a new one is needed")
     # Certificates count whole seconds; the end is rounded up, so that a short lifetime is not cut further.
     not_after = not_after.replace(microsecond=0) + (_SECOND if not_after.microsecond else 0 * _SECOND)
     return (
@@ -264,10 +289,57 @@ def _issue(
         .add_extension(_usage(digital_signature=True, key_encipherment=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+        .add_extension(_authority_key(signer.certificate), critical=False)
         .add_extension(names, critical=True)
-        .sign(signer.key, hashes.SHA256())
+        .sign(signer.key, _digest(signer.key))
     )
+
+
+def _authority_key(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    try:
+        identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        key = issuer.public_key()
+        assert isinstance(key, PublicKey)
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(key)
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+
+
+def _digest(key: SigningKey) -> hashes.SHA256 | hashes.SHA384 | None:
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return None
+    large = isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.key_size >= 384
+    return hashes.SHA384() if large else hashes.SHA256()
+
+
+def make_crl(
+    signer: Signer, revoked: Iterable[tuple[int, float]], *, number: int, now: datetime.datetime
+) -> x509.CertificateRevocationList:
+    """The list of what one signer takes back. Pure.
+
+    Args:
+        signer: of the revoked certificates, and of the list.
+        revoked: serial and time (seconds since 1970) of each.
+        number: grows from list to list.
+        now: begin of the list's life of a week.
+
+    Source: RFC 5280 §5.
+    """
+    now = now.replace(microsecond=0)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(signer.certificate.subject)
+        .last_update(now)
+        .next_update(now + CRL_LIFETIME)
+        .add_extension(x509.CRLNumber(number), critical=False)
+        .add_extension(_authority_key(signer.certificate), critical=False)
+    )
+    for serial, when in revoked:
+        moment = datetime.datetime.fromtimestamp(when, datetime.UTC)
+        builder = builder.add_revoked_certificate(
+            x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment).build()
+        )
+    return builder.sign(signer.key, _digest(signer.key))
 
 
 def response_chain(leaf: x509.Certificate, signer: Signer, roots: Iterable[x509.Certificate]) -> list[str]:
@@ -275,12 +347,8 @@ def response_chain(leaf: x509.Certificate, signer: Signer, roots: Iterable[x509.
 
     Source: Istio's CA client, which takes the last element as the root store.
     """
-    roots = list(roots)
-    chain = [certificate_pem(leaf)]
-    if signer.certificate not in roots:
-        chain.append(certificate_pem(signer.certificate))
-    chain.append("".join(certificate_pem(root) for root in roots))
-    return chain
+    bundle = "".join(certificate_pem(root) for root in roots)
+    return [certificate_pem(leaf), *(certificate_pem(item) for item in signer.chain), bundle]
 
 
 def certificate_pem(certificate: x509.Certificate) -> str:

@@ -1,4 +1,4 @@
-"""`miniistiod run | init | check | token | get | version`."""
+"""`miniistiod run | init | check | get | version`, and the commands of the modules beside this one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import trio
 from hbone.commandline import CommandError, ExitCode, Parser, run
 from hbone.config import parse_duration
 from hbone.daemon import logs
-from hbone.daemon.files import write_private
 from hbone.errors import ConfigurationError
-from miniistiod import admin_client, issue_tokens, lint, watch
+from miniistiod import admin_client, commands_authority, commands_tokens, expiry, lint, watch
+from miniistiod.commandline import PROGRAM, add_command, add_state, example, table, when
 from miniistiod.config import Config, parse_address
 from miniistiod.registry import Inputs, Registry
 from miniistiod.resources import Severity, load
@@ -30,11 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from miniistiod.resources import Finding
-    from miniistiod.store import TokenRecord
 
 __all__ = ["main", "parser"]
-
-PROGRAM = "miniistiod"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,16 +44,12 @@ def _dispatch(argv: Sequence[str] | None) -> int:
     return int(arguments.command(arguments))
 
 
-def _example(*lines: str) -> str:
-    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
 def parser() -> Parser:
     """The command line."""
     top = Parser(
         prog=PROGRAM,
         description="Identity authority and control plane of an ambient mesh without Kubernetes.",
-        epilog=_example(
+        epilog=example(
             "miniistiod run --config mesh/ --state /var/lib/miniistiod --init",
             "miniistiod check mesh/",
             "miniistiod token create --state /var/lib/miniistiod --namespace shop --service-account orders",
@@ -66,33 +59,16 @@ def parser() -> Parser:
     _add_run(commands)
     _add_init(commands)
     _add_check(commands)
-    _add_token(commands)
+    commands_tokens.add(commands)
+    commands_authority.add(commands)
     _add_get(commands)
-    version = commands.add_parser("version", help="print the version", epilog=_example("miniistiod version"))
+    version = commands.add_parser("version", help="print the version", epilog=example("miniistiod version"))
     version.set_defaults(command=_version)
     return top
 
 
-def _command(commands: Any, name: str, text: str, function: Callable[..., int], *examples: str) -> Any:
-    added = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=_example(*examples)
-    )
-    added.set_defaults(command=function)
-    return added
-
-
-def _add_state(command: Any) -> None:
-    command.add_argument(
-        "--state",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="private directory (0700) of the root, tokens, register",
-    )
-
-
 def _add_run(commands: Any) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "run",
         "serve a mesh: certificates and discovery for its ztunnels",
@@ -107,7 +83,7 @@ def _add_run(commands: Any) -> None:
         metavar="DIR",
         help="directory of YAML documents and meshconfig.yaml, watched",
     )
-    _add_state(command)
+    add_state(command)
     command.add_argument("--init", action="store_true", help="make the state and a new root if there is none")
     command.add_argument("--trust-domain", metavar="TD", help="with --init: the mesh's trust domain (cluster.local)")
     command.add_argument(
@@ -162,14 +138,14 @@ def _lifetime(text: str) -> datetime.timedelta:
 
 
 def _add_init(commands: Any) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "init",
         "make the state of a new mesh: its root, ten years, P-256",
         _init,
         "miniistiod init --state /var/lib/miniistiod --trust-domain mesh.example.com",
     )
-    _add_state(command)
+    add_state(command)
     command.add_argument("--trust-domain", default="cluster.local", metavar="TD", help="(cluster.local)")
 
 
@@ -187,7 +163,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _add_check(commands: Any) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "check",
         "say what is wrong with documents before they are loaded: file, line, what, how to mend it",
@@ -231,145 +207,11 @@ def _text(path: Path) -> str:
         raise CommandError(f"{str(path)!r} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
-# -- token
-
-
-def _add_token(commands: Any) -> None:
-    tokens = _command(
-        commands,
-        "token",
-        "make, list and revoke tokens for hosts that have no certificate yet",
-        lambda _: ExitCode.MISUSE,
-        "miniistiod token create --state state/ --namespace shop --service-account orders --name orders-1",
-        "miniistiod token create --state state/ --namespace shop --service-account orders --reusable --out istio-token",
-        "miniistiod token list --state state/",
-        "miniistiod token revoke --state state/ 3f9c2a61d0b4",
-    )
-    inner = tokens.add_subparsers(metavar="COMMAND", required=True)
-    create = _command(
-        inner,
-        "create",
-        "make a token: one-time for `ztunnel enroll`, or reusable for a stock ztunnel",
-        _token_create,
-        "miniistiod token create --state state/ --namespace shop --service-account orders --name orders-1 --ttl 1h",
-    )
-    _add_state(create)
-    create.add_argument("--namespace", required=True, metavar="NS")
-    create.add_argument("--service-account", required=True, metavar="SA")
-    create.add_argument("--name", metavar="N", help="the WorkloadEntry that the host will be")
-    create.add_argument("--ttl", metavar="TIME", help="how long it may be used (1h; reusable 90d)")
-    create.add_argument("--reusable", action="store_true", help="one that a stock ztunnel presents again and again")
-    create.add_argument("--out", type=Path, metavar="FILE", help="write the token there, 0600, without a newline")
-    create.add_argument(
-        "--server", metavar="HOST", help="name or address that the host will dial, for the printed command"
-    )
-    create.add_argument("--json", action="store_true")
-    listing = _command(
-        inner, "list", "show tokens, without their secrets", _token_list, "miniistiod token list --state state/"
-    )
-    _add_state(listing)
-    listing.add_argument("--json", action="store_true")
-    revoke = _command(
-        inner,
-        "revoke",
-        "make a token worthless",
-        _token_revoke,
-        "miniistiod token revoke --state state/ 3f9c2a61d0b4",
-    )
-    _add_state(revoke)
-    revoke.add_argument("id", metavar="ID")
-
-
-def _token_create(arguments: argparse.Namespace) -> int:
-    with Store.open(arguments.state) as store:
-        token = issue_tokens.create(
-            store,
-            namespace=arguments.namespace,
-            service_account=arguments.service_account,
-            name=arguments.name,
-            lifetime=None if arguments.ttl is None else parse_duration(arguments.ttl),
-            reusable=arguments.reusable,
-            now=time.time(),
-        )
-    if arguments.out is not None:
-        try:
-            write_private(arguments.out, token.text)
-        except OSError as error:
-            with Store.open(arguments.state) as store:
-                store.revoke_token(token.id, time.time())
-            raise CommandError(
-                f"{str(arguments.out)!r} cannot be written: {(error.strerror or '').lower()}; the token was revoked"
-            ) from None
-    _show_token(token, arguments)
-    return ExitCode.DONE
-
-
-def _show_token(token: issue_tokens.NewToken, arguments: argparse.Namespace) -> None:
-    shown = {"id": token.id, "identity": token.identity, "expires": _when(token.expires)}
-    if arguments.json:
-        print(json.dumps({**shown, **({} if arguments.out else {"token": token.text})}))
-        return
-    print(f"{token.id}  {token.identity}  until {_when(token.expires)}", file=sys.stderr)
-    if arguments.out is not None:
-        print(f"written to {arguments.out}", file=sys.stderr)
-    elif arguments.reusable:
-        print(token.text)
-    else:
-        server = arguments.server or "HOST"
-        print("on the host, with HOST the name or address of this control plane:", file=sys.stderr)
-        print(f"printf %s '{token.text}' | ztunnel enroll --server {server} --token-file -")
-
-
-def _token_list(arguments: argparse.Namespace) -> int:
-    now = time.time()
-    with Store.open(arguments.state) as store:
-        records = store.list_tokens()
-    if arguments.json:
-        print(json.dumps([_token_json(item, now) for item in records], indent=1))
-        return ExitCode.DONE
-    rows = [
-        (
-            item.id,
-            item.kind,
-            item.state(now),
-            f"{item.namespace}/{item.service_account}",
-            item.name or "-",
-            _when(item.expires),
-        )
-        for item in records
-    ]
-    _table(("ID", "KIND", "STATE", "ACCOUNT", "NAME", "EXPIRES"), rows)
-    return ExitCode.DONE
-
-
-def _token_json(item: TokenRecord, now: float) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "kind": item.kind,
-        "state": item.state(now),
-        "namespace": item.namespace,
-        "serviceAccount": item.service_account,
-        "name": item.name,
-        "created": _when(item.created),
-        "expires": _when(item.expires),
-    }
-
-
-def _token_revoke(arguments: argparse.Namespace) -> int:
-    with Store.open(arguments.state) as store:
-        if not store.revoke_token(arguments.id, time.time()):
-            raise CommandError(
-                f"there is no token {arguments.id!r}; 'miniistiod token list' shows them", code=ExitCode.NO
-            )
-    print(f"{arguments.id} is revoked", file=sys.stderr)
-    return ExitCode.DONE
-
-
 # -- get
 
 
 def _add_get(commands: Any) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "get",
         "show what a running control plane knows and has issued",
@@ -378,7 +220,7 @@ def _add_get(commands: Any) -> None:
         "miniistiod get certificates --state state/ --json",
     )
     command.add_argument("what", choices=("workloads", "services", "policies", "certificates", "subscribers"))
-    _add_state(command)
+    add_state(command)
     command.add_argument("--json", action="store_true")
 
 
@@ -389,26 +231,18 @@ def _get(arguments: argparse.Namespace) -> int:
         print(json.dumps(items, indent=1))
         return ExitCode.DONE
     header, row = _COLUMNS[arguments.what]
-    _table(header, [row(item) for item in items])
+    table(header, [row(item) for item in items])
     status = admin_client.fetch(socket, "/ready")
     for problem in status["problems"]:
         print(f"{PROGRAM}: not in force: {problem}", file=sys.stderr)
-    _warn_of_tokens(arguments.state)
+    _warn(arguments.state)
     return ExitCode.DONE
 
 
-def _warn_of_tokens(state: Path) -> None:
-    now = time.time()
+def _warn(state: Path) -> None:
     with contextlib.suppress(ConfigurationError), Store.open(state) as store:
-        for item in store.list_tokens():
-            left = item.expires - now
-            if item.kind == "reusable" and item.state(now) == "valid" and left < 14 * 86_400:
-                account = f"{item.namespace}/{item.service_account}"
-                print(
-                    f"{PROGRAM}: the reusable token {item.id} of {account} expires in {left / 86_400:.0f} days;"
-                    " make a new one",
-                    file=sys.stderr,
-                )
+        for text in expiry.warnings(store, time.time()):
+            print(f"{PROGRAM}: {text}", file=sys.stderr)
 
 
 def _workload(item: dict[str, Any]) -> tuple[str, ...]:
@@ -436,31 +270,28 @@ def _policy(item: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _certificate(item: dict[str, Any]) -> tuple[str, ...]:
-    return item["serial"], item["spiffe_id"], _when(item["issued"]), _when(item["expires"]), item["caller"]
+    return (
+        item["serial"],
+        item["spiffe_id"],
+        when(item["issued"]),
+        when(item["expires"]),
+        "revoked" if item["revoked"] else "valid",
+        item["caller"],
+    )
 
 
 def _subscriber(item: dict[str, Any]) -> tuple[str, ...]:
     rejected = [kind["rejected"] for kind in item["types"].values() if kind["rejected"]]
-    return item["node"], item["identity"], item["remote"], _when(item["since"]), rejected[0] if rejected else "-"
+    return item["node"], item["identity"], item["remote"], when(item["since"]), rejected[0] if rejected else "-"
 
 
 _COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, ...]]]] = {
     "workloads": (("WORKLOAD", "ADDRESS", "ACCOUNT", "TUNNEL", "SERVICES", "POLICIES"), _workload),
     "services": (("SERVICE", "ADDRESS", "PORTS"), _service),
     "policies": (("POLICY", "ACTION", "SCOPE", "RULES"), _policy),
-    "certificates": (("SERIAL", "IDENTITY", "ISSUED", "EXPIRES", "CALLER"), _certificate),
+    "certificates": (("SERIAL", "IDENTITY", "ISSUED", "EXPIRES", "STATE", "CALLER"), _certificate),
     "subscribers": (("NODE", "IDENTITY", "FROM", "SINCE", "REJECTED"), _subscriber),
 }
-
-
-def _when(seconds: float) -> str:
-    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        print("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _version(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The certificate of port 15012: signed by the mesh's root, for names and addresses, renewed before it ends."""
+"""The certificate of port 15012: for names and addresses, renewed before it ends and when its root changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from miniistiod import ca
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from miniistiod.store import Store
+    from miniistiod.authority import Authority, View
 
 __all__ = ["ServerTls", "names_of_host"]
 
@@ -55,24 +55,28 @@ def _own_addresses() -> list[str]:
 class ServerTls:
     """Gives the server its TlsContext; makes a new certificate at half of the old one's life."""
 
-    _store: Store
+    _authority: Authority
+    _trust_domain: str
     names: tuple[str, ...]
+    _view: View | None = None
     _context: TlsContext | None = None
     _renew_at: datetime.datetime | None = None
 
     def context(self) -> TlsContext:
         """The context for a new connection."""
         now = datetime.datetime.now(datetime.UTC)
-        if self._context is None or self._renew_at is None or now >= self._renew_at:
-            self._context = self._make(now)
+        view = self._authority.view
+        if self._context is None or self._renew_at is None or now >= self._renew_at or view is not self._view:
+            self._context = self._make(view, now)
+            self._view = view
         return self._context
 
-    def _make(self, now: datetime.datetime) -> TlsContext:
-        signer = self._store.signer()
+    def _make(self, view: View, now: datetime.datetime) -> TlsContext:
+        signer = view.server
         key = ec.generate_private_key(ec.SECP256R1())
         leaf = ca.issue_server(signer, key.public_key(), self.names, now, ca.SERVER_LIFETIME)
         self._renew_at = now + (leaf.not_valid_after_utc - now) / 2
         # The root goes along: a host that enrols has only its hash, and looks for it in the chain.
-        certificate = ServerCertificate((leaf, signer.certificate), key)
-        bundle = TrustBundle(self._store.trust_domain, tuple(self._store.roots()))
+        certificate = ServerCertificate((leaf, signer.certificate, *signer.issuers), key)
+        bundle = TrustBundle(self._trust_domain, view.roots)
         return TlsContext.server(certificate, "optional", bundles=bundle)

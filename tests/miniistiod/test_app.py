@@ -505,6 +505,6 @@ async def test_get_shows_what_is_known(tmp_path: Path, capsys: pytest.CaptureFix
             assert await trio.to_thread.run_sync(cli.main, [*arguments, "--json"]) == 0
         shown = capsys.readouterr()
         assert "shop/orders-1  10.1.0.1  orders" in shown.out
-        assert "expires in 1 days" in shown.err
+        assert "expires in 24.0 hours" in shown.err
     with Store.open(tmp_path / "state") as store:
         assert len(store.list_tokens()) == 2

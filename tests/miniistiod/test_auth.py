@@ -7,7 +7,16 @@ import pytest
 
 from hbone.identity import SpiffeId
 from miniistiod import auth, issue_tokens
-from miniistiod.auth import Authenticator, BadNode, Caller, RateLimiter, Refused, check_node, parse_node_id
+from miniistiod.auth import (
+    Authenticator,
+    BadNode,
+    Caller,
+    Presented,
+    RateLimiter,
+    Refused,
+    check_node,
+    parse_node_id,
+)
 from miniistiod.store import Store
 from ztunnel.wire.token import parse_enrolment_token
 
@@ -53,8 +62,9 @@ def bearer(text: str) -> list[tuple[str, str | bytes]]:
 
 def test_a_certificate_is_enough_for_both(store: Store) -> None:
     authenticator = Authenticator(store)
-    assert authenticator.for_stream(ORDERS, [], T) == Caller(identity=ORDERS, how="certificate")
-    assert authenticator.for_certificate(ORDERS, [], KEY, T).identity == ORDERS
+    shown = Presented(identity=ORDERS, serial="1f", not_before=T)
+    assert authenticator.for_stream(shown, [], T) == Caller(identity=ORDERS, how="certificate", serial="1f", since=T)
+    assert authenticator.for_certificate(shown, [], KEY, T).identity == ORDERS
 
 
 @pytest.mark.parametrize(
@@ -63,14 +73,15 @@ def test_a_certificate_is_enough_for_both(store: Store) -> None:
 )
 def test_a_certificate_of_something_else_is_refused(store: Store, peer: str) -> None:
     with pytest.raises(Refused, match="not a workload of"):
-        Authenticator(store).for_stream(SpiffeId.parse(peer), bearer(reusable(store)[1]), T)
+        Authenticator(store).for_stream(Presented(identity=SpiffeId.parse(peer)), bearer(reusable(store)[1]), T)
 
 
 def test_a_reusable_token_is_enough_for_both(store: Store) -> None:
     token_id, text = reusable(store)
     for _ in range(3):
         caller = Authenticator(store).for_stream(None, bearer(text), T + 5)
-        assert caller == Caller(identity=ORDERS, how=f"reusable token {token_id}")
+        assert caller == Caller(identity=ORDERS, how=f"reusable token {token_id}", token=token_id)
+        assert caller.kind == "reusable token"
         assert Authenticator(store).for_certificate(None, bearer(text), KEY, T + 5).identity == ORDERS
 
 
@@ -99,7 +110,10 @@ def test_a_signed_token_that_is_not_listed_is_refused(store: Store, tmp_path: Pa
 def test_a_one_time_token_is_good_for_one_key(store: Store) -> None:
     token_id, secret = one_time(store)
     caller = Authenticator(store).for_certificate(None, bearer(secret), KEY, T + 10)
-    assert caller == Caller(identity=ORDERS, how=f"one-time token {token_id}", name="orders-1", enrolled=True)
+    assert caller == Caller(
+        identity=ORDERS, how=f"one-time token {token_id}", name="orders-1", enrolled=True, token=token_id
+    )
+    assert caller.kind == "one-time token"
     with pytest.raises(Refused, match="was used already"):
         Authenticator(store).for_certificate(None, bearer(secret), OTHER_KEY, T + 11)
 

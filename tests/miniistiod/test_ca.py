@@ -4,6 +4,7 @@ import base64
 import datetime
 from typing import Any
 
+import attrs
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -217,5 +218,48 @@ def test_order_of_the_answer(root: ca.Signer, leaf: x509.Certificate) -> None:
     other = ca.make_root("cluster.local", NOW)
     chain = ca.response_chain(leaf, root, [root.certificate, other.certificate])
     assert [len(x509.load_pem_x509_certificates(item.encode())) for item in chain] == [1, 2]
-    chain = ca.response_chain(leaf, root, [other.certificate])
+    middle = attrs.evolve(other, issuers=(root.certificate,))
+    chain = ca.response_chain(leaf, middle, [root.certificate])
+    assert x509.load_pem_x509_certificate(chain[1].encode()) == other.certificate
     assert [len(x509.load_pem_x509_certificates(item.encode())) for item in chain] == [1, 1, 1]
+
+
+def test_a_list_of_what_was_revoked(root: ca.Signer) -> None:
+    crl = ca.make_crl(root, [(7, NOW.timestamp()), (1 << 127, NOW.timestamp() - 5)], number=3, now=NOW)
+    assert crl.is_signature_valid(root.certificate.public_key())  # type: ignore[arg-type]  # it is a P-256 key
+    assert [item.serial_number for item in crl] == [7, 1 << 127]
+    assert crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number == 3
+    assert crl.next_update_utc == NOW + datetime.timedelta(days=7)
+    assert crl.issuer == root.certificate.subject
+
+
+@pytest.mark.parametrize(
+    ("key", "digest"),
+    [
+        (ec.generate_private_key(ec.SECP384R1()), hashes.SHA384),
+        (rsa.generate_private_key(65537, 2048), hashes.SHA256),
+        (ed25519.Ed25519PrivateKey.generate(), None),
+    ],
+    ids=["P-384", "RSA", "Ed25519"],
+)
+def test_signing_keys_of_every_kind(root: ca.Signer, key: ca.SigningKey, digest: Any) -> None:
+    builder = (
+        x509.CertificateBuilder()
+        .serial_number(5)
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "middle")]))
+        .issuer_name(root.certificate.subject)
+        .public_key(key.public_key())
+        .not_valid_before(NOW)
+        .not_valid_after(NOW + DAY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    )
+    middle = ca.Signer(builder.sign(root.key, hashes.SHA256()), key, (root.certificate,))
+    leaf = ca.issue(middle, ca.parse_request(request_for(p256())), ORDERS, 2 * DAY, NOW)
+    leaf.verify_directly_issued_by(middle.certificate)
+    assert leaf.not_valid_after_utc == NOW + DAY  # not beyond what signed it
+    found = leaf.signature_hash_algorithm
+    assert found is None if digest is None else isinstance(found, digest)
+    assert ca.make_crl(middle, [(1, NOW.timestamp())], number=1, now=NOW).is_signature_valid(key.public_key())
+    assert (
+        ca.Signer.from_pem(ca.certificate_pem(middle.certificate).encode(), middle.key_pem()).root == middle.certificate
+    )

@@ -87,7 +87,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "state" / DATABASE)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(ConfigurationError, match="has the format 99 and this version reads 1"):
+    with pytest.raises(ConfigurationError, match="has the format 99 and this version reads 2"):
         Store.open(tmp_path / "state")
 
 
@@ -206,7 +206,7 @@ def test_what_has_ended_is_forgotten_after_a_week(tmp_path: Path) -> None:
         from hbone.identity import SpiffeId
 
         spiffe_id = SpiffeId.istio("cluster.local", "shop", "a")
-        leaf = ca.issue(store.signer(), key, spiffe_id, datetime.timedelta(hours=1), NOW)  # type: ignore[arg-type]
+        leaf = ca.issue(store.signer(), key, spiffe_id, datetime.timedelta(hours=1), NOW)
         store.record_certificate(leaf, spiffe_id=str(spiffe_id), name="", key_sha256="k", caller="test", now=T)
         assert [item.serial for item in store.certificates(T)] == [f"{leaf.serial_number:032x}"]
         assert store.certificates(T + 3600) == []
