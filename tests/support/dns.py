@@ -53,8 +53,10 @@ class Resolver:
         assert self.address is not None
         return self.address
 
-    async def serve(self, host: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        udp, tcp_socket = both(host)
+    async def serve(
+        self, host: str, port: int = 0, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        udp, tcp_socket = both(host, port)
         self.address = (parse_ip(host), udp.getsockname()[1])
         try:
             async with trio.open_nursery() as nursery:
@@ -119,18 +121,20 @@ class Resolver:
             reply.authority.append(dns.rrset.from_text(".", 60, "IN", "SOA", "ns. hostmaster. 1 2 3 4 60"))
 
 
-def both(host: str) -> tuple[trio.socket.SocketType, trio.socket.SocketType]:
+def both(host: str, port: int = 0) -> tuple[trio.socket.SocketType, trio.socket.SocketType]:
     """A datagram socket and a listener on one port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
         udp = socket.socket(family, socket.SOCK_DGRAM)
-        udp.bind((host, 0))
+        udp.bind((host, port))
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.bind(udp.getsockname()[:2])
         except OSError:
             udp.close()
             listener.close()
+            if port:
+                raise
             continue
         listener.listen()
         return trio.socket.from_stdlib_socket(udp), trio.socket.from_stdlib_socket(listener)

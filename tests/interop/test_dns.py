@@ -1,0 +1,60 @@
+"""The C library's resolver, and dig where it is, on a host beside a resolver like systemd-resolved."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.support.dns_host import MESH_NAMES, NAMES
+
+from hbone.testing.hosts import namespace_obstacle
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.netns,
+    pytest.mark.skipif(bool(namespace_obstacle()), reason=namespace_obstacle() or "possible"),
+]
+OWNED = {
+    "web": ["10.96.0.1", "2001:db8::1"],
+    "web.ns1": ["10.96.0.1", "2001:db8::1"],
+    "web.ns1.svc.cluster.local": ["10.96.0.1", "2001:db8::1"],
+    "cart.ns2": ["10.96.0.2"],
+    "cart": [],  # of another namespace, whose name has to be said
+    "api.partner.example": ["240.240.0.1"],
+    "large": sorted(f"10.97.0.{number}" for number in range(200)),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory: Path = tmp_path_factory.mktemp("dns")
+    command = ["unshare", "--net", "--mount", sys.executable, "-m", "tests.support.dns_host", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("way", ["nameserver", "captured", "elsewhere"])
+def test_names_outside_the_mesh_resolve_as_without_the_proxy(found: Any, way: str) -> None:
+    table = {f"{name} {protocol}" for name in NAMES for protocol in ("udp", "tcp")}
+    assert {key: found[way][key] for key in table} == {key: found["direct"][key] for key in table}
+    assert found[way].get("dig") == found["direct"].get("dig")
+    assert len(found[way]["big.example udp"]) == 100  # cut over UDP, asked again over TCP
+    assert found[way]["printer udp"] == ["192.0.2.9"]  # by the search list
+
+
+@pytest.mark.parametrize("way", ["nameserver", "captured", "elsewhere"])
+def test_names_of_the_mesh_resolve_by_the_proxy_alone(found: Any, way: str) -> None:
+    for protocol in ("udp", "tcp"):
+        assert {name: found[way][f"{name} {protocol}"] for name in MESH_NAMES} == OWNED
+        assert not any(found["direct"][f"{name} {protocol}"] for name in MESH_NAMES)
+
+
+def test_what_the_proxy_asks_and_is_led_back_to_it_is_no_storm(found: Any) -> None:
+    assert (found["misled"], found["storm"]) == ([], 0)

@@ -1,0 +1,126 @@
+"""A host with a resolver like systemd-resolved on 127.0.0.53, looked at by the C library in four ways.
+
+Run in network and mount namespaces of its own: `unshare --net --mount python -m tests.support.dns_host DIR`. Prints
+what `getent` (and `dig`, where it is) found: directly, with the proxy as nameserver, and captured by nft rules on the
+way to that resolver and to one elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import trio
+from tests.support.dns import CLIENT, Resolver, Someone
+from tests.support.mesh import service, store_of
+
+from ztunnel.dns.resolvconf import Resolvers
+from ztunnel.dns.server import DnsProxy
+from ztunnel.mesh import parse_ip
+from ztunnel.metrics import Metrics
+
+MARK = 1337
+SEARCH = "ns1.svc.cluster.local svc.cluster.local cluster.local lan"
+ZONE = {
+    ("outside.example", "A"): ["198.51.100.1", "198.51.100.2"],
+    ("outside.example", "AAAA"): ["2001:db8:1::1"],
+    ("four.example", "A"): ["198.51.100.4"],
+    ("big.example", "A"): [f"198.51.{number}.1" for number in range(100)],
+    ("printer.lan", "A"): ["192.0.2.9"],
+    ("alias.example", "TXT"): ["text"],
+}
+STORE = store_of(
+    service("web", "10.96.0.1", "2001:db8::1", namespace="ns1"),
+    service("cart", "10.96.0.2", namespace="ns2"),
+    service("se", "240.240.0.1", namespace="ns1", hostname="api.partner.example"),
+    service("large", *(f"10.97.0.{number}" for number in range(200)), namespace="ns1"),
+)
+NAMES = [*sorted({name for name, _ in ZONE}), "printer", "nobody.example"]
+MESH_NAMES = ["web", "web.ns1", "web.ns1.svc.cluster.local", "cart.ns2", "cart", "api.partner.example", "large"]
+RULES = """
+table inet dns {
+  chain output {
+    type nat hook output priority -100;
+    meta mark 1337 accept
+    udp dport 53 redirect to :15053
+    tcp dport 53 redirect to :15053
+  }
+}
+"""
+
+
+def run(*command: str, text: str | None = None, check: bool = True) -> str:
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=check, timeout=60).stdout
+
+
+def getent(name: str, *, tcp: bool) -> list[str]:
+    """What the C library resolves a name to, both families."""
+    environ = ["RES_OPTIONS=use-vc"] if tcp else []
+    out = run("env", *environ, "getent", "ahosts", name, check=False)
+    return sorted({line.split()[0] for line in out.splitlines()})
+
+
+def dig(server: str, name: str) -> list[str]:
+    kinds = ("A", "AAAA", "TXT", "NS")
+    return [run("dig", "+noall", "+answer", "+nottl", f"@{server}", name, kind, check=False) for kind in kinds]
+
+
+def look(server: str, directory: Path) -> dict[str, Any]:
+    """Every name, by a host whose nameserver is `server`."""
+    (directory / "resolv.conf").write_text(f"nameserver {server}\nsearch {SEARCH}\noptions edns0 timeout:2\n")
+    found: dict[str, Any] = {}
+    for tcp in (False, True):
+        for name in (*NAMES, *MESH_NAMES):
+            found[f"{name} {'tcp' if tcp else 'udp'}"] = getent(name, tcp=tcp)
+    if shutil.which("dig"):
+        found["dig"] = {name: dig(server, name) for name in NAMES}
+    return found
+
+
+async def main(directory: Path) -> None:
+    run("mount", "--make-rprivate", "/")
+    conf, stub = directory / "resolv.conf", directory / "stub-resolv.conf"
+    conf.write_text("")
+    stub.write_text(f"nameserver 127.0.0.53\nsearch {SEARCH}\n")
+    run("mount", "--bind", str(conf), "/etc/resolv.conf")
+    run("ip", "link", "set", "lo", "up")
+    run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
+    run("ip", "address", "add", "192.0.2.1/24", "dev", "wire")
+    run("ip", "address", "add", "2001:db8:ffff::1/64", "dev", "wire", "nodad")  # or nobody asks for AAAA
+    run("ip", "link", "set", "wire", "up")
+    resolver = Resolver(ZONE, like_resolved=True)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(resolver.serve, "127.0.0.53", 53)
+        proxy = DnsProxy(
+            STORE,
+            Someone(CLIENT),
+            Metrics(),
+            addresses=[(parse_ip("127.0.0.1"), 53), (parse_ip("127.0.0.1"), 15053), (parse_ip("::1"), 15053)],
+            resolvers=Resolvers(trio.current_time, path=stub),
+            mark=MARK,
+        )
+        proxy.bind()
+        await nursery.start(proxy.run)
+        proxy.start()
+        found: dict[str, Any] = {
+            "direct": await trio.to_thread.run_sync(look, "127.0.0.53", directory),
+            "nameserver": await trio.to_thread.run_sync(look, "127.0.0.1", directory),
+        }
+        run("nft", "-f", "-", text=RULES)
+        found["captured"] = await trio.to_thread.run_sync(look, "127.0.0.53", directory)
+        found["elsewhere"] = await trio.to_thread.run_sync(look, "192.0.2.53", directory)
+        # Without the mark, what the proxy asks is led back to it: a failure, and no storm.
+        proxy._forwarder._mark = None
+        before = len(resolver.heard)
+        found["misled"] = await trio.to_thread.run_sync(lambda: getent("outside.example", tcp=False))
+        found["storm"] = len(resolver.heard) - before
+        nursery.cancel_scope.cancel()
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    trio.run(main, Path(sys.argv[1]))
