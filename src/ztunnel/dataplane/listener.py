@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import select
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -234,6 +236,18 @@ def keeps_sources(calls: SocketCalls, bind_address: IpAddress, *, wanted: bool |
     return False
 
 
+def _keeps_foreign_packets() -> bool:
+    """Whether some routing table delivers every address here; without one no reply can come back, nor is one sent."""
+    try:
+        lines = Path("/proc/net/fib_trie").read_text().splitlines()
+    except OSError:
+        return True  # then the probe finds out
+    return any(
+        leaf.strip() == "|-- 0.0.0.0" and route.split() == ["/0", "host", "LOCAL"]
+        for leaf, route in itertools.pairwise(lines)
+    )
+
+
 def _probe(calls: SocketCalls, bind_address: IpAddress) -> str | None:
     """Why it does not work; None when it does."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener, socket.socket() as test:
@@ -241,6 +255,8 @@ def _probe(calls: SocketCalls, bind_address: IpAddress) -> str | None:
             test.setsockopt(socket.SOL_IP, 19, 1)
         except OSError:
             return "IP_TRANSPARENT is not permitted (it needs CAP_NET_ADMIN)"
+        if not _keeps_foreign_packets():
+            return "no routing table sends replies to clients to this host itself ('local default dev lo')"
         target = bind_address
         if bind_address.is_unspecified or bind_address.version == 6:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:

@@ -1,0 +1,75 @@
+"""Client addresses are kept where the host's routing brings replies back, and asking never sends a packet away."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hbone.testing.hosts import NamespaceHost, hosts, namespace_obstacle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(bool(namespace_obstacle()), reason=f"no network namespaces here: {namespace_obstacle()}"),
+]
+
+PROBE = """
+from ztunnel.dataplane.listener import keeps_sources
+from ztunnel.dataplane.sockets import SocketCalls, SocketOptions
+from ztunnel.mesh import parse_ip
+print(keeps_sources(SocketCalls(SocketOptions(mark=1337)), parse_ip("0.0.0.0"), wanted=None))
+"""
+RULES = """
+table ip mangle {
+  chain prerouting {
+    type filter hook prerouting priority mangle; policy accept;
+    meta mark & 0xfff == 0x539 ct mark set 0x111
+    ct mark & 0xfff == 0x111 meta mark set 0x111
+  }
+  chain output {
+    type route hook output priority mangle; policy accept;
+    meta mark & 0xfff == 0x539 ct mark set 0x111
+    ct mark & 0xfff == 0x111 meta mark & 0xfff != 0x539 meta mark set 0x111
+  }
+}
+"""
+ROUTES = (
+    ["ip", "rule", "add", "fwmark", "0x111/0xfff", "pref", "32764", "lookup", "100"],
+    ["ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100"],
+)
+
+
+def _asked(host: NamespaceHost) -> str:
+    done = subprocess.run(
+        host.command(sys.executable, "-c", PROBE), capture_output=True, text=True, timeout=30, check=True
+    )
+    return done.stdout.split()[-1]
+
+
+async def test_the_answer_is_that_of_the_routing_and_nothing_leaves_the_host() -> None:
+    async with hosts(["alpha", "beta"], namespaces=True) as machines:
+        alpha = machines["alpha"]
+        assert isinstance(alpha, NamespaceHost)
+        with alpha.tap() as tap:
+            tap.setblocking(False)
+            assert _asked(alpha) == "False"
+            subprocess.run(alpha.command("nft", "-f", "-"), input=RULES, text=True, timeout=10, check=True)
+            for command in ROUTES:
+                subprocess.run(alpha.command(*command), timeout=10, check=True)
+            assert _asked(alpha) == "True"
+            assert _tcp_packets(tap.recv) == 0
+
+
+def _tcp_packets(receive: Callable[[int], bytes]) -> int:
+    count = 0
+    try:
+        while True:
+            frame = receive(65536)
+            count += frame[12:14] == b"\x08\x00" and frame[23] == 6
+    except BlockingIOError:
+        return count
