@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hbone.commandline import CommandError, ExitCode, Parser, run
+from hbone.commandline import CommandError, ExitCode, Parser, printable, run
 from hbone.errors import ConnectionLost, ConnectRejected, HboneError, IdentityError, PeerIdentityError, TlsError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = ["build_parser", "main"]
 
 HBONE_PORT = 15008
 _CHUNK = 65_536
+_LONGEST_NAME = 200  # letters of a file's name, with room for its ending
 _IDENTITY = (("cert", "HBONE_CERT"), ("key", "HBONE_KEY"), ("roots", "HBONE_ROOTS"))
 
 
@@ -262,11 +263,14 @@ def _dev_ca(arguments: argparse.Namespace) -> int:
                     " name another directory"
                 )
         else:
-            ca = DevCa.create(arguments.trust_domain or "cluster.local", lifetime)
+            domain = "cluster.local" if arguments.trust_domain is None else arguments.trust_domain
+            ca = DevCa.create(domain, lifetime)
         identities = {}
         for name in arguments.names:
             spiffe_id = spiffe_id_of(name, ca.trust_domain)
             stem = spiffe_id.path.rsplit("/", 1)[-1]
+            if len(stem) > _LONGEST_NAME:
+                raise CommandError(f"the name {stem[:40]}... has {len(stem)} letters; a file's has {_LONGEST_NAME}")
             if stem == "root" or stem in identities or (directory / f"{stem}.pem").exists():
                 raise CommandError(f"{directory / stem}.pem would be written over; remove it or choose another name")
             identities[stem] = spiffe_id
@@ -295,9 +299,15 @@ def _connect(arguments: argparse.Namespace) -> int:
     from hbone.connect import Authority
     from hbone.identity import SpiffeId
 
-    authority = Authority.parse(arguments.authority)
+    try:
+        authority = Authority.parse(arguments.authority)
+    except HboneError as error:
+        raise CommandError(f"AUTHORITY {arguments.authority!r}: {error}") from None
     via = _address(arguments.via, HBONE_PORT)
-    peer = None if arguments.peer is None else SpiffeId.parse(arguments.peer)
+    try:
+        peer = None if arguments.peer is None else SpiffeId.parse(arguments.peer)
+    except HboneError as error:
+        raise CommandError(f"--peer {arguments.peer!r}: {error}; write a SPIFFE ID") from None
     source = _source(arguments, needed=True)
     return _run(_connect_stream, source, authority, via, peer, arguments.timeout)
 
@@ -354,7 +364,10 @@ def _listen(arguments: argparse.Namespace) -> int:
     from hbone.identity import allow
 
     target = _address(arguments.to, None)
-    authorize = allow(*arguments.allow)
+    try:
+        authorize = allow(*arguments.allow)
+    except HboneError as error:
+        raise CommandError(f"--allow: {error}; write SPIFFE IDs, or patterns that end in /*") from None
     source = _source(arguments, needed=True)
     try:
         return _run(_serve, source, arguments.port, arguments.host, target, authorize)
@@ -479,4 +492,4 @@ def _told(report: dict[str, Any]) -> list[str]:
         lines.append(f"  chain {number}   {subject}, by {each['issuer']}, serial {each['serial']}, {until}")
     if report["settings"] is not None:
         lines.append("  SETTINGS  " + ", ".join(f"{name} {value}" for name, value in report["settings"].items()))
-    return lines
+    return [printable(line) for line in lines]  # the names in a certificate are the other end's own

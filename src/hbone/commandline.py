@@ -12,7 +12,7 @@ from hbone.errors import ConfigurationError, HboneError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CommandError", "ExitCode", "Parser", "fail", "run"]
+__all__ = ["CommandError", "ExitCode", "Parser", "fail", "printable", "run"]
 
 
 class ExitCode(enum.IntEnum):
@@ -44,12 +44,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2, naming the program that was called and where help is."""
-        self.exit(ExitCode.MISUSE, f"{self.prog}: {message}; see '{self.prog} --help'\n")
+        self.exit(ExitCode.MISUSE, f"{self.prog}: {_sentence(message)}; see '{self.prog} --help'\n")
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would obey: some of it is from peers and from files."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _sentence(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def fail(program: str, message: str, code: int = ExitCode.MISUSE) -> NoReturn:
     """Write one sentence to standard error and exit."""
-    sys.stderr.write(f"{program}: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{program}: {_sentence(message)}\n")
     raise SystemExit(int(code))
 
 

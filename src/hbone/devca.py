@@ -27,12 +27,20 @@ def spiffe_id_of(name: str, trust_domain: str) -> SpiffeId:
     """The identity that `NAME` stands for: a SPIFFE ID, `NAMESPACE/SERVICE_ACCOUNT`, or an account of `default`.
 
     Raises:
-        IdentityError: none of the three.
+        IdentityError: none of the three, of another trust domain, or no workload's.
     """
-    if name.startswith("spiffe://"):
-        return SpiffeId.parse(name)
-    namespace, _, account = name.rpartition("/")
-    return SpiffeId.istio(trust_domain, namespace or "default", account)
+    if not name.startswith("spiffe://"):
+        namespace, _, account = name.rpartition("/")
+        return SpiffeId.istio(trust_domain, namespace or "default", account)
+    found = SpiffeId.parse(name)
+    if not found.path:
+        raise IdentityError(f"{found} names a trust domain and no workload of it; add a path")
+    if found.trust_domain != trust_domain:
+        raise IdentityError(
+            f"{found} is of trust domain {found.trust_domain}, and the root here of {trust_domain};"
+            " name another directory for it"
+        )
+    return found
 
 
 @attrs.frozen

@@ -85,10 +85,9 @@ async def resolve(store: Store, host: str, client: Workload, zone: Zone) -> tupl
     with trio.move_on_after(LOOKUP_TIMEOUT):
         try:
             found = await trio.socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{host!r} is no service of the mesh, nor known to DNS: {error.strerror}"
-            ) from None
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigurationError(f"{host!r} is no service of the mesh, nor known to DNS: {reason}") from None
     if not found:
         raise ConfigurationError(f"{host!r} is no service of the mesh, and its look-up took over {LOOKUP_TIMEOUT:g} s")
     return parse_ip(found[0][4][0]), "is resolved by this host to"

@@ -125,8 +125,8 @@ class ConnectionPool(TunnelPool[Tunnel, TunnelStream]):
             raise ConnectionLost(
                 f"{host}:{port} did not complete a connection and TLS handshake within {self._dial_timeout:g} s"
             ) from None
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver can be asked for
+            reason = str(getattr(error, "strerror", None) or error).lower()
             raise ConnectionLost(f"cannot connect to {host}:{port}: {reason}") from error
         except BaseException:
             if tunnel is not None:

@@ -139,7 +139,7 @@ class GrpcClient:
             raise GrpcUnavailable(
                 f"{authority} did not answer within {connect_timeout:g} seconds", processed=False
             ) from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver can be asked for
             raise GrpcUnavailable(f"{authority} cannot be reached: {_dial_reason(error)}", processed=False) from error
         async with cls(stream, tls, authority=authority, config=config) as client:
             yield client
@@ -252,7 +252,7 @@ def _authority(stream: trio.abc.Stream, tls: TlsContext) -> str:
     return host
 
 
-def _dial_reason(error: OSError) -> str:
+def _dial_reason(error: Exception) -> str:
     """The words of a failed dial; Trio puts the reasons of several addresses in a group."""
     words = set()
     for cause in getattr(error.__cause__, "exceptions", None) or [error]:
