@@ -51,6 +51,12 @@ def _asked(host: NamespaceHost) -> str:
     return done.stdout.split()[-1]
 
 
+def _bring_replies_back(host: NamespaceHost) -> None:
+    subprocess.run(host.command("nft", "-f", "-"), input=RULES, text=True, timeout=10, check=True)
+    for command in ROUTES:
+        subprocess.run(host.command(*command), timeout=10, check=True)
+
+
 async def test_the_answer_is_that_of_the_routing_and_nothing_leaves_the_host() -> None:
     async with hosts(["alpha", "beta"], namespaces=True) as machines:
         alpha = machines["alpha"]
@@ -58,9 +64,7 @@ async def test_the_answer_is_that_of_the_routing_and_nothing_leaves_the_host() -
         with alpha.tap() as tap:
             tap.setblocking(False)
             assert _asked(alpha) == "False"
-            subprocess.run(alpha.command("nft", "-f", "-"), input=RULES, text=True, timeout=10, check=True)
-            for command in ROUTES:
-                subprocess.run(alpha.command(*command), timeout=10, check=True)
+            _bring_replies_back(alpha)
             assert _asked(alpha) == "True"
             assert _tcp_packets(tap.recv) == 0
 
