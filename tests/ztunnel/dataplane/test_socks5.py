@@ -78,6 +78,27 @@ async def test_a_service_is_found_by_its_host_name(pair: Pair) -> None:
     assert pair.client.log.completed[0][0].service == web
 
 
+async def test_names_mean_what_the_dns_proxy_says_short_and_headless_ones_too(pair: Pair) -> None:
+    port = await pair.serve(echo)
+    uid = pair.server.workload.uid
+    pair.store.apply_addresses([service("headless", endpoints={uid: Endpoint(uid, {port: port})})], [])
+    for name in ("headless", "headless.default", "headless.default.svc"):
+        stream, _, reply = await ask(pair, GREETING, request(name, port))
+        async with stream:
+            assert reply[1] == 0
+            await stream.send_all(b"x")
+            assert await exactly(stream, 1) == b"x"
+
+
+async def test_a_service_on_another_network_only_is_unreachable_and_asked_of_nobody_else(pair: Pair) -> None:
+    pair.store.apply_addresses([service("far", "elsewhere/240.240.0.9", hostname="localhost")], [])
+    stream, _, reply = await ask(pair, GREETING, request("localhost", 80))
+    async with stream:
+        assert reply[1] == 4
+    await pair.settle(lambda: bool(pair.client.log.denied))
+    assert "its service has no address on this network" in pair.client.log.denied[0]
+
+
 async def test_other_names_go_to_the_system_and_loopback_is_refused(pair: Pair) -> None:
     stream, _, reply = await ask(pair, GREETING, request("localhost", 1))
     async with stream:
