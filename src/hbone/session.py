@@ -7,6 +7,7 @@ yet, and how each direction ended. An adapter derives from both and waits where 
 from __future__ import annotations
 
 import abc
+import contextlib
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from hbone.connect import Authority, BadConnect, ConnectRequest
@@ -102,14 +103,14 @@ class SessionStream(abc.ABC):
         """Server: answer with another status, and close.
 
         Raises:
-            LocalProtocolError: it was accepted before.
+            LocalProtocolError: it was accepted before, or the status is not one of a refusal.
         """
         if self.opened:
             raise LocalProtocolError(f"stream {self.stream_id} was accepted; it can be reset, not rejected")
-        self.closed = True
         if not self._gone:
             self.session.engine.reject(self.stream_id, status, headers)
             self._leave()
+        self.closed = True
 
     def read(self, max_bytes: int) -> bytes | None:
         """Take what arrived.
@@ -394,7 +395,7 @@ class Session(abc.ABC, Generic[S]):
         try:
             request = ConnectRequest.from_headers(event.headers)
         except BadConnect as error:
-            if not self.engine.closed:
+            with contextlib.suppress(LocalProtocolError):  # the same read may have brought its reset, or the end
                 self.engine.reject(event.stream_id, error.status)
             return
         stream = self.make_stream(request, peer)

@@ -150,7 +150,8 @@ class Engine(Inbound):
             The stream's id.
 
         Raises:
-            LocalProtocolError: the connection is draining or over, or has no stream left.
+            LocalProtocolError: the connection is draining or over, or has no stream left; or the peer takes no header
+                list of that size.
 
         Source: RFC 9113 §8.5.
         """
@@ -160,7 +161,7 @@ class Engine(Inbound):
             why = "is over" if self.closed else "is draining" if self.draining else "has no stream left"
             raise LocalProtocolError(f"the connection {why}: {len(self._streams)} of {self.peer_max_streams} are open")
         stream_id = self._next_id
-        self._send_headers(stream_id, headers)
+        self._send_request(stream_id, headers)
         self._next_id += 2
         self._streams_total += 1
         self._open(stream_id, Input.SEND_CONNECT).reader = sink
@@ -171,7 +172,7 @@ class Engine(Inbound):
 
         Args:
             stream_id: From `ConnectReceived`.
-            headers: Beyond `:status`.
+            headers: Beyond `:status`; left out where the peer takes no list of that size.
             sink: Where payload goes.
 
         Raises:
@@ -180,7 +181,7 @@ class Engine(Inbound):
         Source: RFC 9113 §8.5.
         """
         stream = self._unanswered(stream_id)
-        self._send_headers(stream_id, ((b":status", b"200"), *headers))
+        self._send_answer(stream_id, 200, headers)
         stream.reader = sink
         self._transition(stream, Input.SEND_ACCEPT)
         early, stream.early = stream.early, None
@@ -200,7 +201,7 @@ class Engine(Inbound):
         if not 300 <= status <= 599:
             raise LocalProtocolError(f"status {status} is no refusal; use one from 300 to 599")
         stream = self._unanswered(stream_id)
-        self._send_headers(stream_id, ((b":status", b"%d" % status), *headers), end_stream=True)
+        self._send_answer(stream_id, status, headers, end_stream=True)
         if stream.state is StreamState.RECEIVED:
             self.out += frames.rst_stream(stream_id, ErrorCode.NO_ERROR)
         self._transition(stream, Input.SEND_REFUSAL)

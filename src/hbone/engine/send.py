@@ -254,11 +254,21 @@ class Outbound:
 
     # --- streams
 
-    def _send_headers(self, stream_id: int, headers: Headers, *, end_stream: bool = False) -> None:
+    def _send_request(self, stream_id: int, headers: Headers) -> None:
         if list_size(headers) > self._peer_header_list:
             raise LocalProtocolError(
                 f"headers of {list_size(headers)} bytes on stream {stream_id}; the peer takes {self._peer_header_list}"
             )
+        self._send_headers(stream_id, headers)
+
+    def _send_answer(self, stream_id: int, status: int, headers: Headers, *, end_stream: bool = False) -> None:
+        """What the peer takes is its advice, not our fault: beyond it the status goes alone. RFC 9113 §10.5.1."""
+        answer = ((b":status", b"%d" % status), *headers)
+        if list_size(answer) > self._peer_header_list:
+            answer = answer[:1]
+        self._send_headers(stream_id, answer, end_stream=end_stream)
+
+    def _send_headers(self, stream_id: int, headers: Headers, *, end_stream: bool = False) -> None:
         block = self._encoder.encode(headers)
         self.out += frames.header_block(stream_id, block, end_stream=end_stream, max_frame=self._send_frame)
 

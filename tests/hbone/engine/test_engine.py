@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from hpack import Encoder
+from hpack import Decoder, Encoder
 
 from hbone.config import ConnectionConfig
 from hbone.engine import Engine
@@ -425,6 +425,25 @@ def test_headers_beyond_the_peers_limit_are_not_sent() -> None:
         end.engine.connect(frames.connect_headers("a:1", [(b"baggage", b"x" * 200)]), len)
     assert not end.engine.has_data_to_send
     assert end.engine.connect(frames.connect_headers(), len) == 1
+
+
+def test_an_answer_beyond_the_peers_limit_is_its_status_alone() -> None:
+    end = started(client=False, settings={Setting.MAX_HEADER_LIST_SIZE: 100})
+    end.receive(frames.connect(1) + frames.connect(3) + frames.connect(5))
+    end.engine.accept(1, ((b"baggage", b"x" * 16),), len)
+    end.engine.accept(3, ((b"baggage", b"x" * 200),), len)
+    end.engine.reject(5, 503, ((b"retry-after", b"x" * 200),))
+    decoder = Decoder()
+    answers = [
+        decoder.decode(payload, raw=True)
+        for kind, _, _, payload in frames.split(end.engine.data_to_send())
+        if kind == FrameType.HEADERS
+    ]
+    assert answers == [
+        [(b":status", b"200"), (b"baggage", b"x" * 16)],
+        [(b":status", b"200")],
+        [(b":status", b"503")],
+    ]
 
 
 def test_stream_ids_that_run_out_drain_the_connection() -> None:
