@@ -18,6 +18,7 @@ from miniistiod.api import Api
 from miniistiod.authority import Authority
 from miniistiod.mesh import Mesh
 from miniistiod.metrics import Metrics
+from miniistiod.plugged import CaDirectory
 from miniistiod.resources import load
 from miniistiod.server_certificate import ServerTls, names_of_host
 from miniistiod.store import ADMIN_SOCKET, DATABASE, Store, locked
@@ -49,7 +50,12 @@ def open_state(config: Config) -> Store:
         if wanted is None:
             with contextlib.suppress(ConfigurationError):
                 wanted = load(watch.read(config.config_dir)).mesh.trust_domain
-        return Store.create(config.state_dir, wanted or DEFAULT_TRUST_DOMAIN, datetime.datetime.now(datetime.UTC))
+        return Store.create(
+            config.state_dir,
+            wanted or DEFAULT_TRUST_DOMAIN,
+            datetime.datetime.now(datetime.UTC),
+            root=config.ca_dir is None,
+        )
     store = Store.open(config.state_dir)
     if config.trust_domain not in (None, store.trust_domain):
         found = store.trust_domain
@@ -59,6 +65,15 @@ def open_state(config: Config) -> Store:
             " leave --trust-domain out, or name another state directory"
         )
     return store
+
+
+def open_authority(config: Config, store: Store) -> Authority:
+    """What signs: the state's own root, or the CA in files that the settings name.
+
+    Raises:
+        ConfigurationError: it cannot be used.
+    """
+    return Authority(store, None if config.ca_dir is None else CaDirectory(config.ca_dir, store))
 
 
 class MiniIstiod:
@@ -141,7 +156,7 @@ class MiniIstiod:
         with contextlib.ExitStack() as stack:
             self.store = stack.enter_context(contextlib.closing(await trio.to_thread.run_sync(open_state, config)))
             stack.enter_context(locked(config.state_dir))
-            self.authority = await trio.to_thread.run_sync(Authority, self.store)
+            self.authority = await trio.to_thread.run_sync(open_authority, config, self.store)
             self.mesh = Mesh(config, self.store, self._metrics)
             await self.mesh.restore()
             await self.mesh.reload()
@@ -189,7 +204,10 @@ class MiniIstiod:
 
     def _refresh_metrics(self) -> None:
         now = time.time()
-        self._metrics.root_expiry.set(self.authority.view.signer.root.not_valid_after_utc.timestamp())
+        view = self.authority.view
+        self._metrics.root_expiry.set(view.signer.root.not_valid_after_utc.timestamp())
+        self._metrics.signer_expiry.set(view.signer.expires.timestamp())
+        self._metrics.ca_degraded.set(1 if self.authority.problem else 0)
         self._metrics.token_expiry.set(expiry.next_token_end(self.store, now))
 
     async def _housekeeping(self) -> None:

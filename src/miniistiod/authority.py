@@ -39,8 +39,13 @@ _ATTEMPTS = 5
 class PluggedCa(Protocol):
     """A CA in files."""
 
-    more_lists: str
-    """Revocation lists that lie beside it, PEM."""
+    problem: str
+    """Why its newest files are not in force; empty when they are."""
+
+    @property
+    def more_lists(self) -> str:
+        """Revocation lists that lie beside it, PEM."""
+        ...
 
     def current(self) -> ca.Signer:
         """What signs now; looks at the files, and keeps to what was good while they are not."""
@@ -137,7 +142,8 @@ class Authority:
             generation = store.generation
             if self._plugged is not None:
                 signer = server = self._plugged.current()
-                signers, more = [signer], self._plugged.more_lists
+                # Roots from before the CA was plugged in still answer for what they signed.
+                signers, more = [signer, *store.signers()], self._plugged.more_lists
             else:
                 signer, server, more = store.signer(), store.server_signer(), ""
                 signers = store.signers()
@@ -202,6 +208,11 @@ class Authority:
             )
             return certificate, ca.response_chain(certificate, view.signer, view.roots)
         raise ca.SigningError("roots and revocations change without pause")
+
+    @property
+    def problem(self) -> str:
+        """Why the newest files of a CA are not in force; empty when all is well."""
+        return "" if self._plugged is None else self._plugged.problem
 
     def next_step(self) -> tuple[Step, float] | None:
         """The next step of a rotation and when it opens; None when there is no rotation."""

@@ -87,6 +87,12 @@ def _add_run(commands: Any) -> None:
     command.add_argument("--init", action="store_true", help="make the state and a new root if there is none")
     command.add_argument("--trust-domain", metavar="TD", help="with --init: the mesh's trust domain (cluster.local)")
     command.add_argument(
+        "--ca-dir",
+        type=Path,
+        metavar="DIR",
+        help="a CA of yours: ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem; else a root of its own",
+    )
+    command.add_argument(
         "--listen", default="0.0.0.0:15012", metavar="ADDR[:PORT]", help="discovery and CA over TLS (0.0.0.0:15012)"
     )
     command.add_argument(
@@ -107,6 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
         state_dir=arguments.state,
         init=arguments.init,
         trust_domain=arguments.trust_domain,
+        ca_dir=arguments.ca_dir,
         listen=parse_address(arguments.listen, 15012),
         monitoring=parse_address(arguments.monitoring, 15014),
         names=tuple(arguments.name),

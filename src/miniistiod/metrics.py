@@ -27,6 +27,14 @@ class Metrics:
         self.root_expiry = Gauge(
             "citadel_server_root_cert_expiry_timestamp", "When the root expires, in Unix seconds.", registry=registry
         )
+        self.signer_expiry = Gauge(
+            "citadel_server_cert_chain_expiry_timestamp",
+            "When the first certificate of the chain that signs expires, in Unix seconds.",
+            registry=registry,
+        )
+        self.ca_degraded = Gauge(
+            "miniistiod_ca_degraded", "1 while the newest files of the CA are not in force.", registry=registry
+        )
         self.token_expiry = Gauge(
             "miniistiod_reusable_token_expiry_timestamp",
             "When the next reusable token that is valid expires, in Unix seconds; 0 when there is none.",
