@@ -105,7 +105,6 @@ class Connection:
             if not data:
                 return None
             kept += data
-        await trio.lowlevel.checkpoint()  # many small ones may come at once
         end = 2 + int.from_bytes(kept[:2], "big")
         message = bytes(kept[2:end])
         del kept[:end]

@@ -64,7 +64,8 @@ __all__ = ["Client", "DnsProxy", "loopback_hosts", "make_proxy"]
 MAX_CONNECTIONS: Final = 256
 WAIT_SECONDS: Final = 5.0
 DRAIN_SECONDS: Final = 1.0
-_BATCH: Final = 32
+_BATCH: Final = 8  # datagrams a turn, and
+_TURNS: Final = 4  # messages of all connections a turn: Trio runs what is runnable before bytes move again
 _REST_SECONDS: Final = 0.2
 _WARN_SECONDS: Final = 60.0
 _IP_PKTINFO: Final = 8  # socket has it from Python 3.14 on
@@ -175,6 +176,7 @@ class DnsProxy:
         self._connections: OrderedDict[Connection, None] = OrderedDict()
         self._warned = float("-inf")
         self._buffer = bytearray(MAX_MESSAGE)
+        self._turns = trio.Semaphore(_TURNS)
 
     # life
 
@@ -441,8 +443,9 @@ class DnsProxy:
             connection.close()
 
     async def _message(self, connection: Connection, data: bytes, nursery: trio.Nursery) -> None:
-        query = self._read(data, connection.port, datagram=False)
-        reply = self._own(query, datagram=False) if isinstance(query, Query) else query
+        async with self._turns:
+            query = self._read(data, connection.port, datagram=False)
+            reply = self._own(query, datagram=False) if isinstance(query, Query) else query
         if reply is not None:
             await connection.send(reply)
         elif isinstance(query, Query):

@@ -58,8 +58,15 @@ def test_what_no_host_is_called_has_no_name(name: bytes) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"\x03web", b"\x40web\0\0\1\0\1", b"\xc0\x0c\0\1\0\1", b"\x03web\0\0\1", b"\x03web\xc0\xff\0\1\0\1"],
-    ids=["cut", "label", "pointer", "no class", "pointer out"],
+    [
+        b"\x03web",
+        b"\x40web\0\0\1\0\1",
+        b"\xc0\x0c\0\1\0\1",
+        b"\x03web\0\0\1",
+        b"\x03web\xc0\xff\0\1\0\1",
+        b"\x03web\xc0\0\0\1\0\1",
+    ],
+    ids=["cut", "label", "pointer", "no class", "pointer out", "pointer into the header"],
 )
 def test_unreadable_question_is_malformed(body: bytes) -> None:
     query = parsed(struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0) + body)
@@ -87,6 +94,15 @@ def test_alias_owns_the_addresses() -> None:
         "web.example. 30 IN CNAME web.",
         "web. 30 IN A 10.0.0.1\nweb. 30 IN A 10.0.0.2",
     ]
+
+
+def test_alias_that_does_not_fit_is_cut_whole() -> None:
+    target = ".".join(["t" * 60] * 4)
+    answer = Answer(result=Result.SUCCESS, canonical_name=target, addresses=ANSWER.addresses)
+    reply = rendered(question(f"{target}.example"), answer)
+    assert reply.answer == []
+    assert reply.flags & dns.flags.TC
+    assert len(rendered(question(f"{target}.example"), answer, datagram=False).answer) == 2
 
 
 def test_edns_is_answered_with_edns_and_only_then() -> None:
