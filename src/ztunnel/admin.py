@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl
 
 import attrs
+import trio
 
 from hbone.daemon import logs
 from hbone.errors import ConfigurationError
@@ -80,8 +81,16 @@ class AdminView(Protocol):
         """Everything that is known, without secrets."""
         ...
 
+    async def refresh(self) -> None:
+        """Bring `status` up to date."""
+        ...
+
     def status(self) -> dict[str, Any]:
         """The short view."""
+        ...
+
+    def level_changed(self) -> None:
+        """The log level is another now."""
         ...
 
     async def explain(self, destination: str, source: str | None) -> dict[str, Any]:
@@ -156,6 +165,7 @@ def admin_app(view: AdminView) -> App:
         return Page(content_type="application/json", body=await dump.encode(await view.config_dump()))
 
     async def status(_: Request) -> Page:
+        await view.refresh()
         return Page.json(view.status())
 
     async def explain(request: Request) -> Page:
@@ -182,6 +192,8 @@ def admin_app(view: AdminView) -> App:
             except ConfigurationError:
                 logs.set_level(before)
                 return Page.text(f"Invalid level provided: {level[:100]}\n{LOGGING_USAGE}", 400)
+        if logs.current_level() != before:
+            view.level_changed()
         return Page.text(f"current log level is {logs.current_level()}\n")
 
     async def quit_(request: Request) -> Page:
@@ -201,11 +213,11 @@ def admin_app(view: AdminView) -> App:
     )
 
 
-def stats_app(metrics: Metrics, account: Callable[[], None] = lambda: None) -> App:
-    """The metrics pages; `account` brings the counters up to date first. Source: Istio's ztunnel, stats server."""
+def stats_app(metrics: Metrics, refresh: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint) -> App:
+    """The metrics pages; `refresh` brings the counters up to date first. Source: Istio's ztunnel, stats server."""
 
     async def page(request: Request) -> Page:
-        account()
+        await refresh()
         content_type, body = metrics.exposition(request.accept)
         return Page(content_type=content_type, body=body)
 

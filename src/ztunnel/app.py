@@ -27,10 +27,10 @@ from hbone.daemon.http import serve_asgi, unix_listener
 from hbone.errors import ConfigurationError, IdentityError
 from ztunnel import dump
 from ztunnel.admin import Readiness, admin_app, readiness_app, stats_app
-from ztunnel.dataplane import Dataplane, Reactor
+from ztunnel.datapath import data_path
+from ztunnel.dataplane import Reactor
 from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.errors import address_text
-from ztunnel.logs import AccessLog
 from ztunnel.membership import Membership, timestamp
 from ztunnel.metrics import Metrics
 from ztunnel.questions import answer
@@ -73,14 +73,7 @@ class Daemon:
         self.state = state
         self.metrics = Metrics(config.istio_version)
         self.mesh = Membership(config, self.metrics, state, xds=xds, authority=authority)
-        self.dataplane = Dataplane(
-            reactor,
-            config,
-            self.mesh.store,
-            self.mesh.svids,
-            self.metrics,
-            AccessLog(policy_at_info=config.policy_info_logging),
-        )
+        self.path = data_path(reactor, config, self.mesh, self.metrics)
         self.dns = self._make_dns() if config.dns_proxy else None
         self.readiness = Readiness("proxy", "state manager", *(["dns proxy"] if config.dns_proxy else []))
         self._pages: dict[str, str] = {}
@@ -91,7 +84,7 @@ class Daemon:
 
     def _make_dns(self) -> DnsProxy:
         try:
-            from ztunnel.dns.server import make_proxy  # brings dnspython, 5 MB that only the DNS proxy needs
+            from ztunnel.dns.server import make_proxy  # brings dnspython, 3 MB that only the DNS proxy needs
         except ModuleNotFoundError as error:
             if error.name != "dns":
                 raise
@@ -125,11 +118,11 @@ class Daemon:
             log.warning("setting ignored", error=text)
         async with contextlib.AsyncExitStack() as stack:
             pages = await self._listen(stack)
-            stack.callback(self.dataplane.close)
+            stack.callback(self.path.close)
             if self.dns is not None:
                 stack.callback(self.dns.close)
                 self.dns.bind()
-            self.dataplane.bind()
+            self.path.bind()
             self.mesh.restore()
             async with trio.open_nursery() as nursery:
                 for app, listeners, hosts in pages:
@@ -137,6 +130,7 @@ class Daemon:
                 await nursery.start(self._take_signals)
                 if self.dns is not None:
                     await nursery.start(self.dns.run)
+                await nursery.start(self.path.run)
                 nursery.start_soon(self.mesh.run)
                 nursery.start_soon(self._begin)
                 task_status.started()
@@ -150,7 +144,13 @@ class Daemon:
         admin = admin_app(self)
         wanted = (
             ("admin", admin, config.loopback_host, config.admin_port, ()),
-            ("stats", stats_app(self.metrics, self.dataplane.account), config.listen_host, config.stats_port, None),
+            (
+                "stats",
+                stats_app(self.metrics, functools.partial(self.path.refresh, "counts")),
+                config.listen_host,
+                config.stats_port,
+                None,
+            ),
             ("readiness", readiness_app(self.readiness), config.listen_host, config.ready_port, None),
         )
         pages: list[Pages] = []
@@ -171,7 +171,7 @@ class Daemon:
     async def _begin(self) -> None:
         """Accept once there is a picture of the mesh."""
         await self.mesh.first_picture()
-        self.dataplane.start()
+        await self.path.start()
         self.readiness.done("state manager")
         self.readiness.done("proxy")
         if self.dns is not None:
@@ -201,11 +201,12 @@ class Daemon:
     async def _drain(self) -> None:
         self._draining = True
         notify("STOPPING=1", "STATUS=draining")
-        log.info("draining", connections=len(self.dataplane.connections), deadline=f"{self.config.drain_deadline:g}s")
-        await self.dataplane.drain()
+        connections = sum(self.path.open_connections().values())
+        log.info("draining", connections=connections, deadline=f"{self.config.drain_deadline:g}s")
+        await self.path.drain()
         if self.dns is not None:
             await self.dns.drain()  # last, as what still runs resolves names
-        self.dataplane.close()
+        self.path.close()
 
     # what the pages show
 
@@ -213,11 +214,17 @@ class Daemon:
         """Begin the drain; calling it again does nothing."""
         self._stop.set()
 
+    async def refresh(self) -> None:
+        """Bring `status` up to date."""
+        await self.path.refresh("status")
+
+    def level_changed(self) -> None:
+        """The log level is another now."""
+        self.path.level_changed()
+
     def status(self) -> dict[str, Any]:
-        """The short view."""
-        plane = self.dataplane
-        tunnels = plane.tunnels()
-        listeners = {name: _text(listener.sock.getsockname()) for name, listener in plane.listeners.items()}
+        """The short view; of several processes as of the last `refresh`."""
+        path = self.path
         dns = {"dns": address_text(self.dns.addresses[0])} if self.dns is not None and self.dns.addresses else {}
         return self.mesh.status() | {
             "version": version("hbone"),
@@ -225,13 +232,11 @@ class Daemon:
             "startedAt": timestamp(self._started),
             "state": "draining" if self._draining else "ready" if self.readiness.ready else "starting",
             "pending": self.readiness.pending,
-            "tunnels": tunnels,
-            "connections": {
-                "inbound": len(plane.connections.inbound),
-                "outbound": len(plane.connections.outbound),
-            },
-            "listeners": listeners | dns | self._pages,
-            "keepsSources": plane.transparent,
+            "tunnels": path.tunnels(),
+            "connections": path.open_connections(),
+            "workers": path.workers(),
+            "listeners": path.listening() | dns | self._pages,
+            "keepsSources": path.transparent,
         }
 
     async def config_dump(self) -> dict[str, Any]:
@@ -244,8 +249,9 @@ class Daemon:
             "istioVersion": self.config.istio_version,
         }
         found["config"] = self.config.dump
-        found["connections"] = self.dataplane.connections.dump()
-        found["tunnels"] = self.dataplane.tunnels()
+        await self.path.refresh("connections")
+        found["connections"] = self.path.connections()
+        found["tunnels"] = self.path.tunnels()
         return found
 
     async def explain(self, destination: str, source: str | None) -> dict[str, Any]:

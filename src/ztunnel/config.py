@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ import attrs
 from hbone.config import MIB, ConnectionConfig, between
 from hbone.errors import ConfigurationError
 from ztunnel.environment import (
+    MAX_WORKERS,
     Variable,
     exactly_true,
     invalid,
     one_of,
     parse_address,
     parse_bool,
+    parse_cores,
     parse_grace,
     parse_int,
     parse_log_level,
@@ -23,6 +26,7 @@ from ztunnel.environment import (
     parse_port,
     parse_seconds,
     parse_servers,
+    parse_share,
     parse_url,
     parse_variable,
     prefixed,
@@ -342,6 +346,28 @@ class Config:
         meaning="private directory of key, certificate, roots and the last picture of the mesh",
         shown=f"{DEFAULT_STATE_DIR} where it may be written",
     )
+    worker_threads: str | None = setting(
+        None,
+        env="ZTUNNEL_WORKER_THREADS",
+        parse=parse_share,
+        meaning="processes that carry traffic, under one parent: a number, `0` for one a core, or a share of the cores"
+        " such as `50%`; unset or 1: the daemon's own process alone",
+    )
+    cpu_limit: int | None = setting(
+        None,
+        env="ZTUNNEL_CPU_LIMIT",
+        parse=parse_int,
+        meaning="cores that `0` and shares of `ZTUNNEL_WORKER_THREADS` are of",
+        shown="those of this host that we may use",
+        validator=attrs.validators.optional(between(1, MAX_WORKERS)),
+    )
+    resource_cpu_limit: int | None = setting(
+        None,
+        env="ZTUNNEL_RESOURCE_CPU_LIMIT",
+        parse=parse_cores,
+        meaning="the same as Kubernetes writes it, such as `2` or `1500m`, rounded up; wins over `ZTUNNEL_CPU_LIMIT`",
+        validator=attrs.validators.optional(between(1, MAX_WORKERS)),
+    )
     window_budget: int = setting(
         64 * MIB,
         env="ZTUNNEL_WINDOW_BUDGET",
@@ -415,6 +441,17 @@ class Config:
         if self.dns_proxy:
             ports.add(self.dns_port)
         return frozenset(ports - {0})
+
+    @property
+    def workers(self) -> int:
+        """Processes that carry traffic. Source: Istio's ztunnel, worker threads; but one where none is asked for."""
+        if self.worker_threads is None:
+            return 1
+        cores = self.resource_cpu_limit or self.cpu_limit or len(os.sched_getaffinity(0))
+        if self.worker_threads.endswith("%"):
+            percent = int(self.worker_threads[:-1])
+            return min(MAX_WORKERS, max(1, -(-cores * percent // 100)))
+        return min(MAX_WORKERS, int(self.worker_threads) or cores)
 
     @property
     def istio_version(self) -> str:
@@ -500,10 +537,7 @@ _IDLE: dict[str, tuple[Callable[[str], bool], str]] = {
     "XDS_ON_DEMAND": (exactly_true, "all resources are subscribed to"),
     "INPOD_UDS": (bool, "it belongs to shared mode"),
     "INPOD_PORT_REUSE": (bool, "it belongs to shared mode"),
-    "ZTUNNEL_WORKER_THREADS": (bool, "one thread carries all traffic"),
-    "ZTUNNEL_CPU_LIMIT": (bool, "one thread carries all traffic"),
-    "ZTUNNEL_RESOURCE_CPU_LIMIT": (bool, "one thread carries all traffic"),
-    "ZTUNNEL_RESOURCE_CPU_REQUEST": (bool, "one thread carries all traffic"),
+    "ZTUNNEL_RESOURCE_CPU_REQUEST": (bool, "only `ZTUNNEL_WORKER_THREADS` asks for more processes than one"),
 }
 """Variables of ztunnel that do nothing here and need not."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
     from ztunnel.mesh.address import Address, IpAddress
 
 __all__ = [
+    "MAX_WORKERS",
     "Variable",
     "exactly_true",
     "invalid",
     "one_of",
     "parse_address",
     "parse_bool",
+    "parse_cores",
     "parse_grace",
     "parse_int",
     "parse_log_level",
@@ -33,6 +37,7 @@ __all__ = [
     "parse_port",
     "parse_seconds",
     "parse_servers",
+    "parse_share",
     "parse_text",
     "parse_url",
     "parse_variable",
@@ -43,6 +48,8 @@ __all__ = [
 ]
 
 _MAX_SHOWN = 100
+MAX_WORKERS = 256
+"""Processes that carry traffic."""
 
 
 @attrs.frozen
@@ -76,6 +83,27 @@ def parse_int(value: str) -> int:
     if not re.fullmatch(r"\d{1,18}", value, re.ASCII):
         raise ValueError("expected a decimal number")
     return int(value)
+
+
+def parse_share(value: str) -> str:
+    """A number of workers, or a share of the cores in percent."""
+    if value.endswith("%"):
+        if not 0 < parse_int(value[:-1]) <= 100:
+            raise ValueError("a share is more than 0% and at most 100%")
+    elif parse_int(value) > MAX_WORKERS:
+        raise ValueError(f"at most {MAX_WORKERS} workers are started")
+    return value
+
+
+def parse_cores(value: str) -> int:
+    """Whole cores of a Kubernetes quantity, rounded up."""
+    match = re.fullmatch(r"(\d{1,9})(?:\.(\d{1,9}))?(m?)", value, re.ASCII)
+    if match is None:
+        raise ValueError("expected a quantity such as 2, 1.5 or 500m")
+    amount = Fraction(f"{match[1]}.{match[2] or 0}") / (1000 if match[3] else 1)
+    if not amount:
+        raise ValueError("it must be more than 0")
+    return math.ceil(amount)
 
 
 def parse_port(value: str) -> int:

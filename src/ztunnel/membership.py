@@ -21,7 +21,7 @@ from ztunnel.control.transport import RootSource, ServerAddress, TokenSource, gr
 from ztunnel.mesh import SnapshotError, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from hbone.identity import Identity
     from ztunnel.config import Config
@@ -40,6 +40,10 @@ CATCH_UP = 1.0
 """Seconds that a start from the disk waits for the control plane, so that it seldom begins with an old picture."""
 
 log = get_logger("ztunnel.membership")
+
+
+async def _nobody_else(_: bytes, __: int) -> None:
+    """No other process has a store."""
 
 
 class Membership:
@@ -73,7 +77,12 @@ class Membership:
         self.state = state
         self.store = Store()
         self._wall = wall
+        self.local_text: str | None = None
+        """The local file, where there is one."""
         self._local = self._read_local()
+        self.spread: Callable[[bytes, int], Awaitable[None]] = _nobody_else
+        """Gets each response of discovery that was applied, and the number of its resources, before it is acknowledged.
+        """
         token = TokenSource.from_setting(config.auth_token, TOKEN)
         self.svids = SvidManager(authority or self._ca(token), save=self._keep_identity, wall=wall)
         self.discovery = self._discovery(token, metrics, xds) if config.xds_address or xds else None
@@ -145,6 +154,7 @@ class Membership:
             cluster_id=config.cluster_id,
             headers=config.xds_headers,
             applied=self._mesh_changed,
+            spread=lambda raw, resources: self.spread(raw, resources),
             wall=self._wall,
         )
 
@@ -159,8 +169,10 @@ class Membership:
                 text = path.read_text()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigurationError(f"LOCAL_XDS_PATH {str(path)!r} cannot be read: {error}") from None
+            self.local_text = text
             return local_file.load(text, str(path))
         if self.config.local_xds is not None:
+            self.local_text = self.config.local_xds
             return local_file.load(self.config.local_xds)
         return None
 
@@ -170,6 +182,14 @@ class Membership:
         """The workload that is served, as the mesh describes it."""
         served = self.served
         return self.store.find_local(served.name, served.namespace, served.service_account, self.config.node_name)
+
+    def local_names(self) -> tuple[set[str], set[str]]:
+        """Names of what the local file describes: workloads and services, and policies."""
+        local = self._local
+        if local is None:
+            return set(), set()
+        addresses = {workload.uid for workload in local.workloads} | {service.key for service in local.services}
+        return addresses, {policy.key for policy in local.policies}
 
     def restore(self) -> None:
         """Put the local file, and what was kept on disk, in force."""

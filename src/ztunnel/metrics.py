@@ -268,7 +268,10 @@ class Metrics:
 
     def on_demand_dns(self, source: Workload, hostname: str) -> None:
         """The host name of a workload was resolved for a connection."""
-        key = (_source_labels(source, source.identity), hostname)
+        self.name_resolved((_source_labels(source, source.identity), hostname))
+
+    def name_resolved(self, key: DnsKey) -> None:
+        """The same, by its labels."""
         counts = self.counts.on_demand
         if key in counts or len(counts) < MAX_SERIES:
             counts[key] = counts.get(key, 0) + 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -209,7 +210,7 @@ def test_switch_that_is_off_is_not_refused(environ: dict[str, str]) -> None:
     "environ",
     [
         {"XDS_ON_DEMAND": "true"},
-        {"ZTUNNEL_WORKER_THREADS": "4"},
+        {"ZTUNNEL_RESOURCE_CPU_REQUEST": "2"},
         {"INPOD_UDS": "/x"},
     ],
 )
@@ -257,3 +258,38 @@ def test_every_field_can_be_set_or_says_where_it_comes_from() -> None:
 def test_connection_parameters_follow() -> None:
     found = read({"HTTP2_STREAM_WINDOW_SIZE": "131072", "HTTP2_FRAME_SIZE": "16384"}).connection
     assert (found.stream_window, found.initial_stream_window, found.max_frame_size) == (131072, 131072, 16384)
+
+
+@pytest.mark.parametrize(
+    ("environ", "workers"),
+    [
+        ({}, 1),
+        ({"ZTUNNEL_CPU_LIMIT": "8"}, 1),
+        ({"ZTUNNEL_WORKER_THREADS": "4"}, 4),
+        ({"ZTUNNEL_WORKER_THREADS": "1"}, 1),
+        ({"ZTUNNEL_WORKER_THREADS": "0", "ZTUNNEL_CPU_LIMIT": "8"}, 8),
+        ({"ZTUNNEL_WORKER_THREADS": "0"}, len(os.sched_getaffinity(0))),
+        ({"ZTUNNEL_WORKER_THREADS": "30%", "ZTUNNEL_CPU_LIMIT": "16"}, 5),
+        ({"ZTUNNEL_WORKER_THREADS": "10%", "ZTUNNEL_CPU_LIMIT": "4"}, 1),
+        ({"ZTUNNEL_WORKER_THREADS": "0", "ZTUNNEL_CPU_LIMIT": "8", "ZTUNNEL_RESOURCE_CPU_LIMIT": "2500m"}, 3),
+        ({"ZTUNNEL_WORKER_THREADS": "100%", "ZTUNNEL_RESOURCE_CPU_LIMIT": "1.5"}, 2),
+        ({"ZTUNNEL_WORKER_THREADS": "0", "ZTUNNEL_RESOURCE_CPU_LIMIT": "500m"}, 1),
+    ],
+)
+def test_workers_are_a_number_all_cores_or_a_share_of_them(environ: dict[str, str], workers: int) -> None:
+    assert read(environ).workers == workers
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"ZTUNNEL_WORKER_THREADS": value}
+        for value in ("-1", "0%", "101%", "%", "four", "1.5", "257", "", "9999999999999999999%")
+    ]
+    + [{"ZTUNNEL_RESOURCE_CPU_LIMIT": value} for value in ("0", "0m", "1e3", "1k", "-1", "m", "999")]
+    + [{"ZTUNNEL_CPU_LIMIT": value} for value in ("0", "2m", "257")],
+)
+def test_workers_that_cannot_be_counted_are_refused(environ: dict[str, str]) -> None:
+    ((name, value),) = environ.items()
+    with pytest.raises(ConfigurationError, match=f"{name}={re.escape(value)}"):
+        read(environ)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -23,7 +25,7 @@ import structlog
 from hbone.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, MutableMapping
+    from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
     _Renderer = Callable[[Any, str, MutableMapping[str, Any]], str]
 
@@ -32,11 +34,13 @@ __all__ = [
     "Logger",
     "Shared",
     "configure",
+    "current_format",
     "current_level",
     "debugging",
     "flush",
     "get_logger",
     "set_level",
+    "share_output",
     "shutdown",
 ]
 
@@ -237,8 +241,9 @@ class _Writer:
         if dropped:
             batch.append(_state.render_dropped(dropped))
         try:
-            self._stream.write("\n".join(batch) + "\n")
-            self._stream.flush()
+            with _alone():
+                self._stream.write("\n".join(batch) + "\n")
+                self._stream.flush()
         except (OSError, ValueError):
             self._lines.clear()  # the reader is gone: there is nobody to tell
 
@@ -260,6 +265,21 @@ class _Writer:
         self._wake.set()
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other process writes meanwhile, of those that share the output."""
+    lock = _state.output_lock
+    if lock is None:
+        yield
+        return
+    fcntl.lockf(lock, fcntl.LOCK_EX)  # of a process that dies it is let go by the kernel
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # closed at shutdown
+            fcntl.lockf(lock, fcntl.LOCK_UN)
+
+
 class _State:
     """What `configure` chose; one per process. Until then lines go to the standard library's loggers."""
 
@@ -269,6 +289,9 @@ class _State:
         self.render: _Renderer = _render_message
         self.render_fields: Callable[[Mapping[str, Any]], str] | None = None
         """Fields of a line whose parts can be joined; None where they cannot."""
+        self.format: Format = "plain"
+        self.output_lock: int | None = None
+        """Descriptor of a file to lock while lines are written."""
         self.epoch = 0
         """How often `configure` and `shutdown` were called."""
 
@@ -305,6 +328,7 @@ def configure(format: Format = "plain", level: str = "info", *, stream: TextIO |
         raise ConfigurationError(f"log format is {format!r}; it must be plain, json or console")
     set_level(level)
     shutdown()
+    _state.format = format
     _state.render = renderers[format]()
     _state.render_fields = {"plain": _plain_fields, "json": _json_fields}.get(format)
     _state.writer = _Writer(output)
@@ -336,6 +360,20 @@ def set_level(level: str) -> None:
     if name not in LEVELS:
         raise ConfigurationError(f"log level is {level!r}; it must be one of {', '.join(LEVELS)}")
     _state.level = LEVELS[name]
+
+
+def current_format() -> Format:
+    """The format that `configure` chose last."""
+    return _state.format
+
+
+def share_output(lock: int | None) -> None:
+    """Write lines whole although other processes write to the same output.
+
+    Args:
+        lock: descriptor of a file that all of them lock while they write, open for writing; None ends it.
+    """
+    _state.output_lock = lock
 
 
 def current_level() -> str:

@@ -1,0 +1,324 @@
+"""A worker: one data path in a process of its own, told by its parent what the mesh is and who we are.
+
+It has no key of its own making, no state directory, no token and no page. What it knows came over its socket.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import trio
+
+from hbone.daemon import logs
+from ztunnel.control.apply import apply
+from ztunnel.control.svids import FETCH_TIMEOUT, NoCertificate
+from ztunnel.dataplane import Dataplane, Reactor
+from ztunnel.logs import AccessLog
+from ztunnel.mesh import Store
+from ztunnel.wire import discovery_pb2
+from ztunnel.workers.book import WorkerMetrics
+from ztunnel.workers.process import call_ourselves, end_with
+from ztunnel.workers.wire import IN_ORDER, MAX_TO_WORKER, Decoder, Kind, Message, unpack_identity
+
+if TYPE_CHECKING:
+    from hbone.identity import Identity, SpiffeId
+    from ztunnel.config import Config
+    from ztunnel.mesh import Change
+
+__all__ = ["Setup", "Worker", "main"]
+
+READ_SIZE = 256 * 1024
+
+log = logs.get_logger("ztunnel.workers")
+
+
+@attrs.frozen(kw_only=True)
+class Setup:
+    """What all workers have in common from their start."""
+
+    parent: int
+    """Process id."""
+    config: Config
+    """Without secrets."""
+    transparent: bool
+    listeners: tuple[dict[str, int], ...]
+    """Descriptors by purpose, of each worker."""
+    log_format: str
+    output_lock: int
+    """Descriptor of the file that is locked while lines are written."""
+
+
+class ReceivedIdentity:
+    """The certificate that the parent keeps fresh.
+
+    Args:
+        ask: asks the parent for one.
+        wall: seconds since 1970.
+    """
+
+    def __init__(self, ask: Any, wall: Any = time.time) -> None:
+        self._ask = ask
+        self._wall = wall
+        self._identity: Identity | None = None
+        self._body = b""
+        self._reason = f"no certificate came within {FETCH_TIMEOUT:g} s"
+        self._answered = trio.Event()
+
+    def current(self) -> Identity | None:
+        """The identity in use; None when there is none or it has expired."""
+        identity = self._identity
+        if identity is None or self._wall() >= identity.svid.expires_at.timestamp():
+            return None
+        return identity
+
+    async def fetch(self) -> Identity:
+        """Wait for one.
+
+        Raises:
+            NoCertificate: the parent has none, and says why.
+        """
+        if self.current() is None:
+            answered = self._answered
+            self._ask()
+            with trio.move_on_after(FETCH_TIMEOUT + 1):
+                await answered.wait()
+        else:
+            await trio.lowlevel.checkpoint()
+        identity = self.current()
+        if identity is None:
+            raise NoCertificate(self._reason)
+        return identity
+
+    def received(self, body: bytes) -> None:
+        """Use this one from now on; the same again changes nothing."""
+        if body != self._body:
+            self._identity = unpack_identity(body)
+            self._body = body
+        self._wake()
+
+    def refused(self, reason: str) -> None:
+        """There is none, for this reason."""
+        self._reason = reason
+        self._wake()
+
+    def want(self, spiffe_id: SpiffeId) -> None:
+        """The workload has this identity now; a certificate for another is dropped."""
+        if self._identity is not None and self._identity.svid.id != spiffe_id:
+            self._identity, self._body = None, b""
+
+    def _wake(self) -> None:
+        self._answered.set()
+        self._answered = trio.Event()
+
+
+class Worker:
+    """The process.
+
+    Args:
+        setup: what all have in common.
+        number: which of them it is.
+        sock: to the parent.
+        memory: descriptor of the counters.
+        reactor: moves the bytes.
+    """
+
+    def __init__(self, setup: Setup, number: int, sock: socket.socket, memory: int, reactor: Reactor) -> None:
+        self.setup = setup
+        self.number = number
+        self.store = Store()
+        self.metrics = WorkerMetrics(memory, self._announce)
+        self.identity = ReceivedIdentity(lambda: self._send(Message(Kind.FETCH)))
+        config = setup.config
+        self.dataplane = Dataplane(
+            reactor,
+            config,
+            self.store,
+            self.identity,
+            self.metrics,
+            AccessLog(policy_at_info=config.policy_info_logging),
+        )
+        self._sock = sock
+        self._out: collections.deque[bytes] = collections.deque()
+        self._wake_writer = trio.Event()
+        self._work, self._changes = trio.open_memory_channel[Message](float("inf"))  # the parent waits for each
+        self._drain = trio.Event()
+        self.store.subscribe(self._on_change)
+
+    async def run(self) -> None:
+        """Serve until told to drain, or until the parent is gone."""
+        sockets = [_adopt(listeners) for listeners in self.setup.listeners]
+        self._others = sockets
+        self.dataplane.adopt(sockets[self.number], transparent=self.setup.transparent)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read)
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._change)
+                await self._drain.wait()
+                for number, theirs in enumerate(sockets):
+                    if number != self.number:
+                        self.dataplane.cover(number, theirs)  # what waits for one that is away is taken as well
+                await self.dataplane.drain()
+                self.dataplane.close()
+                self._account()
+                await self._flushed()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.dataplane.close()
+
+    # from the parent
+
+    async def _read(self) -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._sock))
+        decoder = Decoder(MAX_TO_WORKER)
+        with contextlib.suppress(trio.BrokenResourceError):
+            while data := await stream.receive_some(READ_SIZE):
+                for message in decoder.receive_data(bytes(data)):
+                    if message.kind in IN_ORDER:
+                        self._work.send_nowait(message)
+                    else:
+                        self._obey(message)
+        logs.flush(0.1)
+        os._exit(0)  # the parent is gone, and nothing here may go on without its policies
+
+    def _obey(self, message: Message) -> None:
+        kind, body = message.kind, message.body
+        if kind is Kind.REPORT:
+            self._send(Message(Kind.REPORTED, message.number, json.dumps(self._report(body.decode())).encode()))
+        elif kind is Kind.NO_IDENTITY:
+            self.identity.refused(body.decode())
+        elif kind is Kind.COVER:
+            other = int(body)
+            self.dataplane.cover(other, self._others[other])
+        elif kind is Kind.UNCOVER:
+            self.dataplane.uncover(int(body))
+        elif kind is Kind.LEVEL:
+            logs.set_level(body.decode())
+        elif kind is Kind.DRAIN:
+            self._drain.set()
+
+    async def _change(self) -> None:
+        async for message in self._changes:
+            kind = message.kind
+            if kind is Kind.SNAPSHOT:
+                self._restore(message.body)
+            elif kind is Kind.DELTA:
+                await apply(self.store, discovery_pb2.DeltaDiscoveryResponse.FromString(message.body))
+                await self._checked()
+            elif kind is Kind.IDENTITY:
+                self.identity.received(message.body)
+            elif kind is Kind.ACCEPT and not self._drain.is_set():
+                self.dataplane.start()
+            self._send(Message(Kind.DONE, message.number))
+
+    def _restore(self, snapshot: bytes) -> None:
+        text = self.setup.config.local_xds
+        if text is not None:
+            from ztunnel.mesh import local  # brings PyYAML, which only a local file needs
+
+            local.load(text).apply(self.store)
+        if snapshot:
+            self.store.restore(snapshot)
+
+    async def _checked(self) -> None:
+        """Wait until every live connection was asked about by the policies as they are now."""
+        checked = trio.Event()
+        self.dataplane.connections.when_checked(checked.set)
+        await checked.wait()
+
+    def _on_change(self, change: Change) -> None:
+        served = self.setup.config.served
+        workload = self.store.find_local(
+            served.name, served.namespace, served.service_account, self.setup.config.node_name
+        )
+        if workload is not None:
+            self.identity.want(workload.identity)
+
+    # to the parent
+
+    def _report(self, what: str) -> dict[str, Any]:
+        plane = self.dataplane
+        if what == "counts":
+            self._account()
+            return {}
+        found: dict[str, Any] = {
+            "tunnels": plane.tunnels(),
+            "inbound": len(plane.connections.inbound),
+            "outbound": len(plane.connections.outbound),
+        }
+        if what == "connections":
+            found["connections"] = plane.connections.dump()
+        return found
+
+    def _account(self) -> None:
+        self.dataplane.account()
+        self.metrics.write()
+
+    def _announce(self, body: bytes) -> None:
+        self._send(Message(Kind.SERIES, 0, body))
+
+    def _send(self, message: Message) -> None:
+        """At once where there is room, so that what was said is known even if this process is killed next."""
+        data = message.encode()
+        if not self._out:
+            try:
+                data = data[self._sock.send(data, socket.MSG_DONTWAIT) :]
+            except OSError:
+                pass  # full, or the parent is gone, which the reader sees
+        if data:
+            self._out.append(data)
+            self._wake_writer.set()
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake_writer.wait()
+            self._wake_writer = trio.Event()
+            while self._out:
+                await trio.lowlevel.wait_writable(self._sock)
+                try:
+                    sent = self._sock.send(self._out[0], socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    return
+                rest = self._out.popleft()[sent:]
+                if rest:
+                    self._out.appendleft(rest)
+
+    async def _flushed(self) -> None:
+        with trio.move_on_after(1):
+            while self._out:
+                await trio.lowlevel.wait_writable(self._sock)
+                await trio.lowlevel.checkpoint()
+
+
+def _adopt(listeners: dict[str, int]) -> dict[str, socket.SocketType]:
+    return {what: socket.SocketType(fileno=fd) for what, fd in listeners.items()}
+
+
+def main(setup: Setup, number: int, sock: socket.socket, memory: int) -> int:
+    """Run a worker to its end; its exit code."""
+    try:
+        end_with(setup.parent)
+    except ProcessLookupError:
+        return 1  # the parent ended before we began
+    call_ourselves(f"ztunnel-work-{number}")
+    logs.share_output(setup.output_lock)
+    logs.configure(setup.log_format, setup.config.log_level)  # type: ignore[arg-type]  # the parent's own
+    reactor = Reactor()
+    try:
+        worker = Worker(setup, number, sock, memory, reactor)
+        reactor.run(worker.run)
+    except BaseException:
+        log.exception("the worker failed", worker=number)
+        return 1
+    finally:
+        logs.shutdown()
+    return 0
