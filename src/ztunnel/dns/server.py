@@ -97,8 +97,12 @@ def loopback_hosts(wanted: Sequence[IpAddress], *, disabled: str = _DISABLE_IPV6
     try:
         with open(disabled) as file:
             off = file.read().strip() == "1"
-    except OSError:
-        off = not socket.has_ipv6
+    except OSError:  # no such kernel, or no such file
+        try:
+            socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+            off = False
+        except OSError:
+            off = True
     return [ip for ip in wanted if not (off and ip == parse_ip("::1"))]
 
 

@@ -288,14 +288,23 @@ async def test_reply_comes_from_the_address_that_was_asked(host: str, asked: str
             assert records(dns.message.from_wire(reply)) == ["web.default A 10.0.0.1"]
 
 
-def test_loopback_of_ipv6_is_left_out_where_the_kernel_has_none(tmp_path: Path) -> None:
+def test_loopback_of_ipv6_is_left_out_where_the_kernel_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     both = [parse_ip("127.0.0.1"), parse_ip("::1")]
     flag = tmp_path / "disable_ipv6"
     flag.write_text("1\n")
     assert loopback_hosts(both, disabled=str(flag)) == both[:1]
     flag.write_text("0\n")
     assert loopback_hosts(both, disabled=str(flag)) == both
-    assert loopback_hosts(both, disabled=str(tmp_path / "none")) == both
+    flag.unlink()
+    assert loopback_hosts(both, disabled=str(flag)) == both
+
+    def no_socket(*_: object) -> None:
+        raise OSError(97, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", no_socket)
+    assert loopback_hosts(both, disabled=str(flag)) == both[:1]
 
 
 def make(*addresses: Any) -> DnsProxy:
