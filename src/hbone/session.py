@@ -7,7 +7,6 @@ yet, and how each direction ended. An adapter derives from both and waits where 
 from __future__ import annotations
 
 import abc
-import contextlib
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from hbone.connect import Authority, BadConnect, ConnectRequest
@@ -93,7 +92,7 @@ class SessionStream(abc.ABC):
 
     def accept(self, headers: Headers = ()) -> None:
         """Server: answer 200. Does nothing when that was done, or the client is gone."""
-        if self.opened or self._gone:
+        if self.opened or not self._lives:
             return
         self.opened = True
         self.session.engine.accept(self.stream_id, headers, self._sink)
@@ -107,7 +106,7 @@ class SessionStream(abc.ABC):
         """
         if self.opened:
             raise LocalProtocolError(f"stream {self.stream_id} was accepted; it can be reset, not rejected")
-        if not self._gone:
+        if self._lives:
             self.session.engine.reject(self.stream_id, status, headers)
             self._leave()
         self.closed = True
@@ -164,6 +163,8 @@ class SessionStream(abc.ABC):
         """
         if self.failure is not None:
             raise self.failure
+        if not self._lives and not self._gone:
+            return 0  # why, is told next
         capacity = self.session.engine.send_capacity(self.stream_id)
         if not capacity:
             self.session.blocked[self] = None
@@ -171,7 +172,7 @@ class SessionStream(abc.ABC):
 
     def end(self) -> None:
         """Send END_STREAM; the peer's direction goes on."""
-        if self._write_ended or self._gone:
+        if self._write_ended or not self._lives:
             return
         self._write_ended = True
         self.session.engine.end_stream(self.stream_id)
@@ -210,6 +211,11 @@ class SessionStream(abc.ABC):
         return self._write_ended
 
     # What the session tells
+
+    @property
+    def _lives(self) -> bool:
+        """False for what the engine knows to be over too, though the event that says so is not dispatched yet."""
+        return not self._gone and self.session.engine.is_open(self.stream_id)
 
     def _sink(self, view: memoryview) -> int:
         if self.closed:
@@ -395,7 +401,7 @@ class Session(abc.ABC, Generic[S]):
         try:
             request = ConnectRequest.from_headers(event.headers)
         except BadConnect as error:
-            with contextlib.suppress(LocalProtocolError):  # the same read may have brought its reset, or the end
+            if self.engine.is_open(event.stream_id):  # the same read may have brought its reset, or the end
                 self.engine.reject(event.stream_id, error.status)
             return
         stream = self.make_stream(request, peer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 from typing import TYPE_CHECKING
 
@@ -12,24 +14,28 @@ from tests.support.tls import take
 from tests.support.tunnels import who
 
 from hbone.endpoint import Endpoint
-from hbone.errors import ConnectionLost, ErrorCode, HboneError, LocalProtocolError
+from hbone.errors import ConnectionLost, ConnectRejected, ErrorCode, HboneError, LocalProtocolError, StreamResetError
 from hbone.session import Session, SessionStream, as_request
 from hbone.testing import frames
 from hbone.tls import TlsConnection, TlsContext
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hbone.connect import ConnectRequest
     from hbone.identity import SpiffeId
 
 
 class Stream(SessionStream):
-    """An adapter's stream of which nobody waits for anything."""
+    """An adapter's stream whose application does something each time that it is told something."""
+
+    react: Callable[[Stream], None] = staticmethod(lambda _: None)
 
     def on_readable(self) -> None:
-        pass
+        self.react(self)
 
     def on_writable(self) -> None:
-        pass
+        self.react(self)
 
     def on_answer(self) -> None:
         pass
@@ -123,6 +129,22 @@ def test_a_malformed_request_that_its_reset_follows_in_the_same_read_costs_nothi
     assert [stream.stream_id for stream in peer.side.requested] == [3]
 
 
+def test_what_an_application_does_before_it_knows_of_a_reset_is_passed_over() -> None:
+    peer = RawPeer(client=False)
+    peer.give(frames.connect(1) + frames.connect(3))
+    first, second = peer.side.requested
+    first.accept()
+    for stream in (first, second):
+        stream.react = SessionStream.close
+    peer.give(
+        b"".join(
+            frames.data(stream, end_stream=True) + frames.rst_stream(stream, ErrorCode.CANCEL) for stream in (1, 3)
+        )
+    )
+    assert peer.side.failure is None
+    assert peer.side.finished == [first, second]
+
+
 def test_a_status_that_is_no_refusal_leaves_the_stream_to_be_answered() -> None:
     peer = RawPeer(client=False)
     peer.give(frames.connect(1))
@@ -189,26 +211,23 @@ class Hostile:
 
 
 def use(stream: Stream, chance: random.Random) -> None:
-    """What an application might do next with a stream; only errors of the library may come of it."""
-    try:
+    """What an application might do next with a stream; only why the stream is over may be raised."""
+    with contextlib.suppress(StreamResetError, ConnectionLost, ConnectRejected):
         match chance.randrange(8):
-            case 0 | 1:
+            case 0 | 1 if not stream.session.client:
                 stream.accept()
-            case 2:
+            case 2 if not stream.opened and not stream.session.client:
                 stream.reject(503)
-            case 3:
-                stream.read(chance.choice([1, 10_000]))
-            case 4:
+            case 4 if stream.opened and not stream.write_ended and not stream.closed:
                 stream.write(memoryview(bytes(chance.choice([1, 100_000]))))
-            case 5:
-                if stream.opened:
-                    stream.end()
-            case 6:
+            case 5 if stream.opened:
+                stream.end()
+            case 6 if chance.random() < 0.3:
                 stream.reset()
-            case _:
+            case 7 if chance.random() < 0.3:
                 stream.close()
-    except HboneError:
-        pass
+            case _:
+                stream.read(chance.choice([1, 10_000]))
 
 
 @pytest.mark.parametrize("client", [True, False], ids=["client", "server"])
@@ -219,6 +238,7 @@ def test_whatever_both_sides_do_raises_nothing_else_and_leaves_nothing_open(clie
     peer = RawPeer(client=client)
     side = peer.side
     hostile = Hostile(chance, client=client)
+    react = functools.partial(use, chance=chance)
     streams: list[Stream] = side.requested
     for _ in range(60):
         if client and chance.random() < 0.3:
@@ -227,6 +247,8 @@ def test_whatever_both_sides_do_raises_nothing_else_and_leaves_nothing_open(clie
                 hostile.known.append(streams[-1].stream_id)
             except HboneError:
                 pass
+        for stream in streams:
+            stream.react = react
         peer.give(b"".join(hostile.frame() for _ in range(chance.randrange(1, 4))))
         if streams:
             use(chance.choice(streams), chance)

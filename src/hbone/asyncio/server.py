@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hbone.admission import HANDSHAKES
 from hbone.asyncio.connection import FLUSH_TIMEOUT, Tunnel
+from hbone.asyncio.stream import HboneTransport
 from hbone.endpoint import Endpoint
 from hbone.errors import ErrorCode, HboneError
 from hbone.session import Contexts
@@ -89,6 +90,9 @@ class _ServedTunnel(Tunnel):
         name = transport.get_extra_info("peername")
         address = str(name[0]) if isinstance(name, tuple) and name else ""
         assert isinstance(transport, asyncio.Transport)
+        if self._server.draining:  # accepted before the listener was closed, and told only now
+            transport.abort()
+            return
         if not self._server.admission.enter(address):
             _log.warning("connection from %s closed: too many TLS handshakes at once", address or "a peer")
             transport.abort()
@@ -129,6 +133,7 @@ class _Server:
         self._budget = budget
         self.admission = admission
         self._contexts = Contexts(TlsContext.server)
+        self.draining = False
         self.tunnels: set[_ServedTunnel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -166,6 +171,7 @@ class _Server:
 
     async def drain(self, timeout: float) -> None:
         """GOAWAY, then wait for streams and tasks, then cut."""
+        self.draining = True
         for tunnel in list(self.tunnels):
             tunnel.drain()
         waiting: set[asyncio.Future[None]] = {*self._tasks, *(tunnel.ended for tunnel in self.tunnels)}
@@ -185,11 +191,13 @@ class _Server:
         if self._accept:
             stream.accept()
         reader, writer = stream.make_pair()
+        transport = writer.transport
+        assert isinstance(transport, HboneTransport)
         try:
             await self._handler(reader, writer)
             stream.accept()
-            writer.close()
-            await writer.wait_closed()
+            transport.close()
+            await transport.wait_closed()
         except ConnectionError as error:
             _log.debug("a stream of %s broke: %s", stream.peer, error)
         except Exception:
@@ -201,7 +209,7 @@ class _Server:
         finally:
             if not stream.closed:
                 stream.reset(ErrorCode.CANCEL)
-            writer.close()
+            transport.close()
 
 
 class _Closed(asyncio.Protocol):

@@ -69,6 +69,8 @@ class HboneTransport(asyncio.Transport):
     are abrupt. Source: RFC 9113 §8.5.
     """
 
+    _start_tls_compatible = True  # asyncio asks for this name: TLS may be begun within the stream
+
     def __init__(self, stream: TunnelStream, loop: asyncio.AbstractEventLoop, protocol: asyncio.BaseProtocol) -> None:
         super().__init__({"peer": stream.peer, "request": stream.request})
         self._stream = stream
@@ -83,6 +85,7 @@ class HboneTransport(asyncio.Transport):
         self._closing = False
         self._eof_told = False
         self._loss_told = False
+        self._over = asyncio.Event()
         stream.transport = self
 
     @property
@@ -95,6 +98,7 @@ class HboneTransport(asyncio.Transport):
     def accept(self, headers: Headers = ()) -> None:
         """Server: answer 200."""
         self._stream.accept(headers)
+        self.send_backlog()  # written before it might be sent
 
     def reject(self, status: int, headers: Headers = ()) -> None:
         """Server: answer with another status, and close.
@@ -131,8 +135,8 @@ class HboneTransport(asyncio.Transport):
 
     def deliver(self) -> None:
         """Give the protocol what arrived, until it pauses."""
-        protocol = self._protocol
         while not self._paused and not self._closing and not self._loss_told:
+            protocol = self._protocol
             try:
                 data = self._stream.read(_DELIVER)
             except HboneError as error:
@@ -141,7 +145,9 @@ class HboneTransport(asyncio.Transport):
             if data is None:
                 return
             if data:
-                if isinstance(protocol, asyncio.Protocol):
+                if isinstance(protocol, asyncio.BufferedProtocol):
+                    _fill(protocol, data)
+                elif isinstance(protocol, asyncio.Protocol):
                     protocol.data_received(data)
             else:
                 self._tell_eof()
@@ -229,9 +235,17 @@ class HboneTransport(asyncio.Transport):
             self._closing = True
             self.send_backlog()
 
+    async def wait_closed(self) -> None:
+        """Wait until what was written has left and the stream is over, whoever the protocol is by then."""
+        await self._over.wait()
+
     def abort(self) -> None:
         """RST_STREAM CONNECT_ERROR, as for a reset TCP connection."""
         self.reset()
+
+    def _force_close(self, _: BaseException) -> None:
+        """What asyncio's TLS calls when it fails."""
+        self.abort()
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """Who is told."""
@@ -245,16 +259,28 @@ class HboneTransport(asyncio.Transport):
         if self._eof_told:
             return
         self._eof_told = True
-        keep_open = self._protocol.eof_received() if isinstance(self._protocol, asyncio.Protocol) else False
-        if not keep_open:
+        protocol = self._protocol
+        if not isinstance(protocol, asyncio.Protocol | asyncio.BufferedProtocol) or not protocol.eof_received():
             self.close()
 
     def _tell_loss(self, error: HboneError | None) -> None:
         if self._loss_told:
             return
         self._loss_told = True
+        self._over.set()
         broken: Exception | None = None
         if error is not None:
             broken = ConnectionResetError(str(error))
             broken.__cause__ = error
         self._loop.call_soon(self._protocol.connection_lost, broken)
+
+
+def _fill(protocol: asyncio.BufferedProtocol, data: bytes) -> None:
+    """Give `data` to a protocol that brings its own buffer, as TLS does."""
+    view = memoryview(data)
+    while view:
+        room = memoryview(protocol.get_buffer(len(view)))
+        nbytes = min(len(room), len(view))
+        room[:nbytes] = view[:nbytes]
+        protocol.buffer_updated(nbytes)
+        view = view[nbytes:]

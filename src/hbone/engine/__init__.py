@@ -91,6 +91,10 @@ class Engine(Inbound):
         """Streams that have not ended."""
         return len(self._streams)
 
+    def is_open(self, stream_id: int) -> bool:
+        """Whether the stream has begun, and has not ended."""
+        return stream_id in self._streams
+
     @property
     def draining(self) -> bool:
         """No stream should be opened here any more: one end sent GOAWAY, or stream ids run out."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import pathlib
 import socket
+import ssl
+import tempfile
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pytest
@@ -280,3 +283,62 @@ async def test_closing_the_pool_gives_up_what_is_being_dialled() -> None:
             accepted.settimeout(5)
             while await asyncio.to_thread(accepted.recv, 65536):
                 pass  # to the end of what it sent: the connection is closed
+
+
+def tls_contexts(directory: pathlib.Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A client's and a server's, for TLS of the application's own inside a stream."""
+    issued = ca().server("orders.example")
+    (directory / "cert.pem").write_bytes(issued.cert_pem)
+    (directory / "key.pem").write_bytes(issued.key_pem)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+    return ssl.create_default_context(cadata=ca().root_pem.decode()), server
+
+
+async def shout_over_tls(context: ssl.SSLContext, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(reader)
+    transport = await loop.start_tls(writer.transport, protocol, context, server_side=True)
+    assert transport is not None
+    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+    while data := await reader.read(65536):
+        writer.write(data.upper())
+        await writer.drain()
+    writer.close()
+
+
+@under_asyncio
+async def test_an_application_may_speak_tls_of_its_own_inside() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        inner, served = tls_contexts(pathlib.Path(directory))
+    async with serving(functools.partial(shout_over_tls, served)) as (port, _):
+        async with hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+            bystander_reader, bystander = await pool.connect("10.0.0.7:443", via=("127.0.0.1", port), peer=ORDERS)
+            reader, writer = await pool.connect("10.0.0.7:443", via=("127.0.0.1", port), peer=ORDERS)
+            await writer.start_tls(inner, server_hostname="orders.example")
+            writer.write(b"hello" * 100_000)
+            assert await reader.readexactly(500_000) == b"HELLO" * 100_000
+            writer.close()
+            await writer.wait_closed()
+            await bystander.start_tls(inner, server_hostname="orders.example")  # the same tunnel, unharmed
+            bystander.write(b"still here")
+            assert await bystander_reader.readexactly(10) == b"STILL HERE"
+            assert pool.statistics().tunnels == 1
+            bystander.close()
+            await bystander.wait_closed()
+
+
+@under_asyncio
+async def test_what_is_written_before_the_answer_follows_it() -> None:
+    async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert isinstance(writer.transport, hbone.asyncio.HboneTransport)
+        writer.write(b"early")
+        writer.transport.accept()
+        assert await reader.read() == b""
+
+    async with serving(early, accept=False) as (port, _):
+        async with hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+            reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+            assert await reader.readexactly(5) == b"early"
+            writer.close()
