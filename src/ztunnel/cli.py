@@ -198,10 +198,21 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
     rows.append(("tunnels", f"{outbound} outbound, {len(tunnels) - outbound} inbound, {streams} streams on them"))
     connections = found["connections"]
     rows.append(("connections", f"{connections['outbound']} outbound, {connections['inbound']} inbound"))
+    workers = found.get("workers")
+    if workers:
+        rows.append(("workers", _workers_text(workers)))
     rows.append(("listening", ", ".join(f"{name} {where}" for name, where in sorted(found["listeners"].items()))))
     rows.append(("captured", reach.capture_text(found["reach"])))
     rows.append(("past the mesh", reach.exposed_text(found["reach"])))
     return [f"{name:14} {text}" for name, text in rows]
+
+
+def _workers_text(workers: list[dict[str, Any]]) -> str:
+    serving = sum(worker["state"] == "serving" for worker in workers)
+    pids = ", ".join(str(worker["pid"] or "-") for worker in workers)
+    restarts = sum(worker["restarts"] for worker in workers)
+    text = f"{serving} of {len(workers)} serving (pid {pids})"
+    return text + (f"; {restarts} replaced since the start" if restarts else "")
 
 
 def _explain(arguments: argparse.Namespace) -> int:

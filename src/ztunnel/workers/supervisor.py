@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import array
 import functools
 import os
-import pickle
 import signal
 import socket
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -22,12 +18,14 @@ from ztunnel.dataplane import SocketCalls, options_of
 from ztunnel.dataplane.listener import open_listeners
 from ztunnel.errors import address_text
 from ztunnel.logs import INBOUND, OUTBOUND
+from ztunnel.membership import timestamp
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from ztunnel.metrics import Counts
 from ztunnel.wire import discovery_pb2
 from ztunnel.workers.book import Page, make_memory
 from ztunnel.workers.link import Link
 from ztunnel.workers.process import adopt_orphans
+from ztunnel.workers.starting import Starter, StartFailed
 from ztunnel.workers.wire import Kind, pack_identity
 from ztunnel.workers.worker import Setup
 
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from ztunnel.membership import Membership
     from ztunnel.metrics import Metrics
 
-__all__ = ["StartFailed", "Supervisor"]
+__all__ = ["Supervisor"]
 
 CONFIRM = 10.0
 """Seconds that a worker has to put a change in force, and no less than the next for each resource."""
@@ -50,100 +48,12 @@ BEAT = 5.0
 """Seconds between two questions whether a worker is there, and ..."""
 BEAT_TIMEOUT = 20.0
 """... for its answer."""
-START = 30.0
-"""Seconds for a worker to be started."""
 STEADY = 10.0
 """Seconds after which a worker that dies is replaced at once."""
 DRAIN_MORE = 3.0
 """Seconds beyond the drain deadline that workers have to end."""
 
 log = logs.get_logger("ztunnel.workers")
-
-
-class StartFailed(HboneError):
-    """A worker could not be started."""
-
-
-class _Starter:
-    """The process that forks workers; started again when it is gone.
-
-    Args:
-        setup: what workers have in common.
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: trio.socket.SocketType | None = None
-        self._busy = trio.Lock()
-
-    async def fork(self, number: int, sock: int, memory: int) -> int:
-        """Start a worker on these descriptors; its process id.
-
-        Raises:
-            StartFailed: why not.
-        """
-        async with self._busy:
-            for last in (False, True):
-                try:
-                    return await self._ask(number, sock, memory)
-                except (OSError, EOFError, trio.TooSlowError, trio.ClosedResourceError) as error:
-                    self.close()
-                    if last:
-                        raise StartFailed(f"the process that starts workers failed: {error!r}") from None
-        raise AssertionError
-
-    async def _ask(self, number: int, sock: int, memory: int) -> int:
-        if self._socket is None:
-            self._launch()
-        assert self._socket is not None
-        with trio.fail_after(START):
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sock, memory]).tobytes())
-            await self._socket.sendmsg([str(number).encode()], [rights])
-            answer = await self._socket.recv(256)
-        if not answer:
-            raise EOFError("it ended")
-        if answer.startswith(b"-"):
-            raise StartFailed(f"a worker cannot be started: {answer[1:].decode(errors='replace').lower()}")
-        return int(answer)
-
-    def _launch(self) -> None:
-        setup = self._setup
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        file = os.memfd_create("ztunnel-setup", os.MFD_CLOEXEC)
-        try:
-            os.write(file, pickle.dumps(setup))
-            os.lseek(file, 0, os.SEEK_SET)
-            kept = [fd for listeners in setup.listeners for fd in listeners.values()]
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-I" if sys.flags.isolated else "-P",
-                    "-m",
-                    "ztunnel.workers.starter",
-                    str(theirs.fileno()),
-                    str(file),
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), file, setup.output_lock, *kept],
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(file)
-        self._socket = trio.socket.from_stdlib_socket(ours)
-
-    def close(self) -> None:
-        """End it. Workers that were started live on."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
 
 @attrs.define(eq=False)
@@ -177,7 +87,7 @@ class Supervisor:
         self._places = [_Place(number) for number in range(count)]
         self._sockets: list[dict[str, socket.SocketType]] = []
         self._listening: dict[str, str] = {}
-        self._starter: _Starter | None = None
+        self._starter: Starter | None = None
         self._lock = -1
         self._accepting = False
         self._departed = Counts()
@@ -207,7 +117,7 @@ class Supervisor:
         self._listening = {what: address_text(calls.local_address(sock)) for what, sock in self._sockets[0].items()}
         self._lock = os.memfd_create("ztunnel-output", os.MFD_CLOEXEC)
         logs.share_output(self._lock)
-        self._starter = _Starter(self._setup())
+        self._starter = Starter(self._setup())
 
     def _setup(self) -> Setup:
         config = self.config
@@ -521,8 +431,9 @@ class Supervisor:
                 "worker": place.number,
                 "pid": place.link.pid if place.link is not None else None,
                 "state": _state(place.link, draining=self._stopping.is_set()),
-                "startedAt": place.link.started_at if place.link is not None else None,
+                "startedAt": timestamp(place.link.started_at) if place.link is not None else None,
                 "restarts": place.restarts,
+                "opened": _opened(place.link),
                 INBOUND: int(place.link.report.get(INBOUND, 0)) if place.link is not None else 0,
                 OUTBOUND: int(place.link.report.get(OUTBOUND, 0)) if place.link is not None else 0,
                 "tunnels": len(place.link.report.get("tunnels", ())) if place.link is not None else 0,
@@ -535,6 +446,11 @@ def _state(link: Link | None, *, draining: bool) -> str:
     if link is None:
         return "ended" if draining else "away"
     return "draining" if draining else "serving" if link.serving else "starting"
+
+
+def _opened(link: Link | None) -> int:
+    """Connections so far, of this process."""
+    return sum(traffic.opened_count for traffic in link.page.counts().traffic.values()) if link is not None else 0
 
 
 def _why(code: int | None) -> str:

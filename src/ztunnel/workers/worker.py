@@ -216,6 +216,7 @@ class Worker:
                 self.identity.received(message.body)
             elif kind is Kind.ACCEPT and not self._drain.is_set():
                 self.dataplane.start()
+            log.debug("change in force", worker=self.number, what=kind.name.lower(), bytes=len(message.body))
             self._send(Message(Kind.DONE, message.number))
 
     def _restore(self, snapshot: bytes) -> None:
