@@ -23,11 +23,21 @@ async def relay(stream: HboneStream, tcp: trio.SocketStream) -> None:
     """Copy both ways until both have ended, then close both.
 
     FIN and END_STREAM stand for each other, each direction on its own. A reset of the TCP connection becomes
-    RST_STREAM CONNECT_ERROR, and a reset stream, or a lost tunnel, a TCP reset. Source: RFC 9113 §8.5.
+    RST_STREAM CONNECT_ERROR, and a reset stream, or a lost tunnel, a TCP reset: at once, also where the other end of
+    the TCP connection neither reads nor writes. Source: RFC 9113 §8.5.
     """
     async with stream, tcp, trio.open_nursery() as nursery:
-        nursery.start_soon(_to_stream, tcp, stream, nursery.cancel_scope)
-        nursery.start_soon(_to_tcp, stream, tcp, nursery.cancel_scope)
+        nursery.start_soon(_watch, stream, tcp, nursery.cancel_scope)
+        async with trio.open_nursery() as copying:
+            copying.start_soon(_to_stream, tcp, stream, nursery.cancel_scope)
+            copying.start_soon(_to_tcp, stream, tcp, nursery.cancel_scope)
+        nursery.cancel_scope.cancel()
+
+
+async def _watch(stream: HboneStream, tcp: trio.SocketStream, both: trio.CancelScope) -> None:
+    if not _is_end(await stream.wait_failure()):
+        _reset_tcp(tcp)
+        both.cancel()
 
 
 async def _to_stream(tcp: trio.SocketStream, stream: HboneStream, both: trio.CancelScope) -> None:
@@ -46,7 +56,7 @@ async def _to_stream(tcp: trio.SocketStream, stream: HboneStream, both: trio.Can
                 return
             await stream.send_all(data)
         except trio.BrokenResourceError as error:
-            if _is_end(error):
+            if _is_end(error.__cause__):
                 return  # the peer reads no more; what it still sends is its own matter
             _reset_tcp(tcp)
             both.cancel()
@@ -80,9 +90,9 @@ async def _to_tcp(stream: HboneStream, tcp: trio.SocketStream, both: trio.Cancel
             return
 
 
-def _is_end(error: trio.BrokenResourceError) -> bool:
-    cause = error.__cause__
-    return isinstance(cause, StreamResetError) and cause.code in (
+def _is_end(failure: BaseException | None) -> bool:
+    """Whether the peer only says that it is done."""
+    return isinstance(failure, StreamResetError) and failure.code in (
         ErrorCode.NO_ERROR,
         ErrorCode.CANCEL,
         ErrorCode.STREAM_CLOSED,

@@ -188,6 +188,13 @@ class HboneStream(SessionStream, trio.abc.HalfCloseableStream):
         while not self.opened and self.failure is None:
             await self._answer.park()
 
+    async def wait_failure(self) -> HboneError:
+        """Wait until the stream breaks: the peer resets it, or the tunnel is lost. For who is busy elsewhere."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while self.failure is None:
+            await self._answer.park()
+        return self.failure
+
     def on_readable(self) -> None:
         """Wake who receives."""
         self._readable.unpark_all()
@@ -197,7 +204,7 @@ class HboneStream(SessionStream, trio.abc.HalfCloseableStream):
         self._writable.unpark_all()
 
     def on_answer(self) -> None:
-        """Wake who asked for this stream."""
+        """Wake who asked for this stream, and who watches it."""
         self._answer.unpark_all()
 
     def _wake_all(self) -> None:

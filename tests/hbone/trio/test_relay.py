@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from typing import TYPE_CHECKING
@@ -86,4 +87,28 @@ async def test_a_lost_tunnel_resets_the_application() -> None:
         tunnels.cut()
         with pytest.raises(trio.BrokenResourceError):
             await app.receive_some()
+        await app.aclose()
+
+
+async def test_a_lost_tunnel_ends_the_relay_of_an_application_that_does_not_read() -> None:
+    async with open_tunnels() as tunnels, trio.open_nursery() as nursery:
+        app, tcp = await tcp_pair()
+        client, server = await tunnels.pair()
+        ended = trio.Event()
+
+        async def relayed() -> None:
+            await relay(server, tcp)
+            ended.set()
+
+        async def send_without_end() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while True:
+                    await client.send_all(bytes(65_536))
+
+        nursery.start_soon(relayed)
+        nursery.start_soon(send_without_end)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        tunnels.cut()
+        with trio.fail_after(5):
+            await ended.wait()
         await app.aclose()
