@@ -5,28 +5,41 @@ error with the file, the line and what to do. Nothing here reads files; `miniist
 """
 
 from miniistiod.resources.findings import Finding, Severity
-from miniistiod.resources.load import Loader, ResourceSet, load
+from miniistiod.resources.load import Delta, Loader, ResourceSet, load
 from miniistiod.resources.model import (
     AuthorizationPolicy,
+    EndpointSlice,
+    Gateway,
+    GatewayClass,
     KubernetesService,
     MeshConfig,
     Namespace,
     PeerAuthentication,
+    Resource,
+    Route,
     ServiceEntry,
     WorkloadEntry,
+    WorkloadGroup,
 )
 
 __all__ = [
     "AuthorizationPolicy",
+    "Delta",
+    "EndpointSlice",
     "Finding",
+    "Gateway",
+    "GatewayClass",
     "KubernetesService",
     "Loader",
     "MeshConfig",
     "Namespace",
     "PeerAuthentication",
+    "Resource",
     "ResourceSet",
+    "Route",
     "ServiceEntry",
     "Severity",
     "WorkloadEntry",
+    "WorkloadGroup",
     "load",
 ]

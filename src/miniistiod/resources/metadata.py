@@ -7,19 +7,20 @@ import ipaddress
 import re
 from typing import TYPE_CHECKING
 
-from miniistiod.resources.model import Metadata
+from miniistiod.resources.model import LabelSelector, Metadata, Requirement
 
 if TYPE_CHECKING:
-    from miniistiod.resources.reader import IpAddress, IpNetwork, Reader
+    from miniistiod.resources.reader import IpAddress, IpInterface, IpNetwork, Reader
 
 __all__ = [
     "host_name",
     "ip_address",
+    "ip_interface",
     "ip_or_network",
     "is_namespace",
     "is_object_name",
+    "label_selector",
     "metadata",
-    "refuse_waypoint",
     "selector",
 ]
 
@@ -27,7 +28,7 @@ _OBJECT = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _HOST_LABEL = re.compile(r"[A-Za-z0-9_]([-A-Za-z0-9_]{0,61}[A-Za-z0-9_])?")
 _BOOKKEEPING = ("uid", "resourceVersion", "generation", "managedFields", "ownerReferences", "finalizers", "selfLink")
-_WAYPOINT = "istio.io/use-waypoint"
+_OPERATORS = ("In", "NotIn", "Exists", "DoesNotExist")
 DEFAULT_NAMESPACE = "default"
 
 
@@ -73,10 +74,9 @@ def metadata(reader: Reader, kind: str, path: str, position: int, *, namespaced:
     if created_text is not None:
         try:
             created = datetime.datetime.fromisoformat(created_text)
-        except ValueError:
+            created = (created if created.tzinfo else created.replace(tzinfo=datetime.UTC)).astimezone(datetime.UTC)
+        except (ValueError, OverflowError):
             meta.error(meta.line, f"metadata.creationTimestamp is {created_text!r}", "write it as 2026-01-31T12:00:00Z")
-        else:
-            created = created if created.tzinfo else created.replace(tzinfo=datetime.UTC)
     return Metadata(
         kind=kind,
         namespace=namespace,
@@ -90,15 +90,22 @@ def metadata(reader: Reader, kind: str, path: str, position: int, *, namespaced:
     )
 
 
-def refuse_waypoint(reader: Reader, meta: Metadata) -> None:
-    """Note an error when an object asks for a waypoint: its policies would be passed by without notice."""
-    value = meta.labels.get(_WAYPOINT)
-    if value is not None and value != "none":
-        reader.error(
-            meta.line,
-            f"the label {_WAYPOINT}: {value} asks for a waypoint, which is not built yet",
-            "remove the label; what the waypoint was to enforce would not be enforced",
-        )
+def label_selector(reader: Reader) -> LabelSelector:
+    """The rest of a mapping as Kubernetes' selector of namespaces: `matchLabels` and `matchExpressions`."""
+    labels = reader.string_map("matchLabels")
+    expressions: list[Requirement] = []
+    for item in reader.readers("matchExpressions") or ():
+        key, operator = item.text("key"), item.choice("operator", _OPERATORS)
+        values = item.texts("values", str) or ()
+        item.finish()
+        if key is None or operator is None:
+            item.require("key and operator", "write {key: env, operator: In, values: [prod]}")
+            continue
+        if (operator in ("In", "NotIn")) is not bool(values):
+            item.error(item.line, f"{item.path} has {len(values)} values for {operator}", "In and NotIn need values")
+        expressions.append(Requirement(key=key, operator=operator, values=values))
+    reader.finish()
+    return LabelSelector(labels=labels, expressions=tuple(expressions))
 
 
 def selector(reader: Reader, name: str, labels_field: str) -> dict[str, str] | None:
@@ -144,11 +151,20 @@ def ip_or_network(text: str) -> IpNetwork:
     Raises:
         ValueError: it is neither.
     """
+    return ip_interface(text).network
+
+
+def ip_interface(text: str) -> IpInterface:
+    """An IP address or a network, as it was written.
+
+    Raises:
+        ValueError: it is neither.
+    """
     host, slash, prefix = text.partition("/")
     address = ip_address(host)
     if slash and not (prefix.isascii() and prefix.isdigit() and int(prefix) <= address.max_prefixlen):
         raise ValueError(f"not a network; write the prefix as a number from 0 to {address.max_prefixlen}")
-    return ipaddress.ip_network((address, int(prefix) if slash else address.max_prefixlen), strict=False)
+    return ipaddress.ip_interface((address, int(prefix) if slash else address.max_prefixlen))
 
 
 def host_name(text: str, *, wildcard: bool = False) -> str:

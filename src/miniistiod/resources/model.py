@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-import datetime
 import enum
 from typing import TYPE_CHECKING
 
 import attrs
 
 if TYPE_CHECKING:
+    import datetime
     from collections.abc import Mapping
 
-    from miniistiod.resources.reader import IpAddress, IpNetwork
+    from miniistiod.resources.reader import IpAddress, IpInterface, IpNetwork
 
 __all__ = [
     "Action",
+    "AllowedNamespaces",
     "AuthorizationPolicy",
     "Endpoint",
+    "EndpointSlice",
+    "Gateway",
+    "GatewayClass",
     "KubernetesService",
+    "LabelSelector",
+    "Listener",
     "Match",
     "MeshConfig",
     "Metadata",
     "MtlsMode",
     "Namespace",
     "PeerAuthentication",
+    "Requirement",
     "Resolution",
     "Resource",
+    "Route",
     "Rule",
     "Selector",
     "ServiceEntry",
     "ServicePort",
+    "SliceEndpoint",
+    "SlicePort",
+    "Target",
+    "Visibility",
+    "VisibilityRule",
     "WorkloadEntry",
+    "WorkloadGroup",
 ]
-
-NEVER = datetime.datetime.max.replace(tzinfo=datetime.UTC)
 
 
 @attrs.frozen(kw_only=True)
@@ -110,11 +122,24 @@ class WorkloadEntry(Resource):
     """A machine."""
 
     endpoint: Endpoint
+    healthy: bool = True
+    """False while its `Healthy` condition says so."""
 
     @property
     def labels(self) -> dict[str, str]:
         """For selection: those of the object win over those of the specification."""
         return {**self.endpoint.labels, **self.meta.labels}
+
+
+@attrs.frozen(kw_only=True)
+class WorkloadGroup(Resource):
+    """What the WorkloadEntries of machines that register themselves are made from."""
+
+    labels: Mapping[str, str] = attrs.Factory(dict)
+    """Of each entry's metadata."""
+    annotations: Mapping[str, str] = attrs.Factory(dict)
+    template: Endpoint
+    """Everything but the address."""
 
 
 @attrs.frozen(kw_only=True)
@@ -142,6 +167,118 @@ class KubernetesService(Resource):
     publish_not_ready: bool = False
     internal_local: bool = False
     traffic_distribution: str | None = None
+    families: tuple[str, ...] = ()
+    """`IPv4`, `IPv6`; none: whatever its addresses are."""
+
+
+@attrs.frozen(kw_only=True)
+class SlicePort:
+    """A port of an EndpointSlice; its name is that of a port of the Service."""
+
+    name: str
+    number: int
+
+
+@attrs.frozen(kw_only=True)
+class SliceEndpoint:
+    """Something outside of the mesh that serves a Service."""
+
+    addresses: tuple[IpAddress, ...]
+    ready: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class EndpointSlice(Resource):
+    """Endpoints of a Service without selector."""
+
+    service: str
+    """The Service's name, in the same namespace."""
+    endpoints: tuple[SliceEndpoint, ...] = ()
+    ports: tuple[SlicePort, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class Requirement:
+    """One expression of a label selector."""
+
+    key: str
+    operator: str
+    """`In`, `NotIn`, `Exists` or `DoesNotExist`."""
+    values: tuple[str, ...] = ()
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Whether labels meet it."""
+        if self.operator == "Exists":
+            return self.key in labels
+        if self.operator == "DoesNotExist":
+            return self.key not in labels
+        found = labels.get(self.key) in self.values if self.key in labels else False
+        return found if self.operator == "In" else not found
+
+
+@attrs.frozen(kw_only=True)
+class LabelSelector:
+    """Kubernetes' selector of namespaces by their labels; an empty one selects all."""
+
+    labels: Mapping[str, str] = attrs.Factory(dict)
+    expressions: tuple[Requirement, ...] = ()
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Whether labels meet all of it."""
+        return all(labels.get(key) == value for key, value in self.labels.items()) and all(
+            item.matches(labels) for item in self.expressions
+        )
+
+
+class AllowedNamespaces(enum.Enum):
+    """Whose objects may attach to a Gateway."""
+
+    SAME = "Same"
+    ALL = "All"
+    SELECTOR = "Selector"
+
+
+@attrs.frozen(kw_only=True)
+class Listener:
+    """One listener of a Gateway."""
+
+    port: int
+    protocol: str
+    allowed: AllowedNamespaces = AllowedNamespaces.SAME
+    selector: LabelSelector | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Gateway(Resource):
+    """A waypoint, or the way into another network."""
+
+    class_name: str
+    listeners: tuple[Listener, ...] = ()
+    addresses: tuple[IpAddress | str, ...] = ()
+    """Where it is: IP addresses and host names. None: not ready."""
+
+
+@attrs.frozen(kw_only=True)
+class GatewayClass(Resource):
+    """Labels and annotations that Gateways of the class inherit."""
+
+
+@attrs.frozen(kw_only=True)
+class Target:
+    """What a policy or a route is bound to."""
+
+    kind: str
+    namespace: str
+    name: str
+    group: str = ""
+    line: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Route(Resource):
+    """An HTTPRoute, GRPCRoute, TLSRoute or TCPRoute: for waypoints only, so its body is not read."""
+
+    parents: tuple[Target, ...] = ()
 
 
 class Action(enum.Enum):
@@ -149,6 +286,13 @@ class Action(enum.Enum):
 
     ALLOW = "ALLOW"
     DENY = "DENY"
+    AUDIT = "AUDIT"
+    CUSTOM = "CUSTOM"
+
+    @property
+    def layer_4(self) -> bool:
+        """Whether a ztunnel knows it."""
+        return self in (Action.ALLOW, Action.DENY)
 
 
 Selector = dict[str, str]
@@ -170,12 +314,15 @@ class Match:
     namespaces: ValueMatch = ValueMatch()
     service_accounts: tuple[tuple[str, str], ...] = ()
     not_service_accounts: tuple[tuple[str, str], ...] = ()
-    source_ips: tuple[IpNetwork, ...] = ()
-    not_source_ips: tuple[IpNetwork, ...] = ()
-    destination_ips: tuple[IpNetwork, ...] = ()
-    not_destination_ips: tuple[IpNetwork, ...] = ()
+    source_ips: tuple[IpInterface, ...] = ()
+    not_source_ips: tuple[IpInterface, ...] = ()
+    destination_ips: tuple[IpInterface, ...] = ()
+    not_destination_ips: tuple[IpInterface, ...] = ()
     ports: tuple[int, ...] = ()
     not_ports: tuple[int, ...] = ()
+    requests: tuple[str, ...] = ()
+    """Fields about requests, by name: a ztunnel cannot see those. Documents that have them are refused, unless they
+    are bound to a waypoint."""
 
 
 @attrs.frozen(kw_only=True)
@@ -183,6 +330,11 @@ class Rule:
     """AND over clauses; a clause is OR over its alternatives. No clause matches everything."""
 
     clauses: tuple[tuple[Match, ...], ...] = ()
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Fields about requests."""
+        return tuple(name for clause in self.clauses for match in clause for name in match.requests)
 
 
 @attrs.frozen(kw_only=True)
@@ -193,6 +345,9 @@ class AuthorizationPolicy(Resource):
     action: Action = Action.ALLOW
     rules: tuple[Rule, ...] = ()
     """OR over rules; none matches nothing."""
+    targets: tuple[Target, ...] = ()
+    """What a waypoint enforces it for; then no ztunnel sees it."""
+    dry_run: bool = False
 
 
 class MtlsMode(enum.Enum):
@@ -213,6 +368,22 @@ class PeerAuthentication(Resource):
     ports: Mapping[int, MtlsMode] = attrs.Factory(dict)
 
 
+class Visibility(enum.Enum):
+    """Who sees a ServiceEntry."""
+
+    PUBLIC = "PUBLIC"
+    NAMESPACE = "NAMESPACE"
+    NONE = "NONE"
+
+
+@attrs.frozen(kw_only=True)
+class VisibilityRule:
+    """Visibility of the ServiceEntries of some namespaces."""
+
+    selector: LabelSelector
+    visibility: Visibility
+
+
 @attrs.frozen(kw_only=True)
 class MeshConfig:
     """`meshconfig.yaml`."""
@@ -220,3 +391,8 @@ class MeshConfig:
     trust_domain: str | None = None
     """None: that of the state."""
     root_namespace: str = "istio-system"
+    network: str | None = None
+    """The network that is meant where none is named. None: that of the root namespace's label."""
+    default_visibility: Visibility = Visibility.PUBLIC
+    visibility: tuple[VisibilityRule, ...] = ()
+    """The first that matches wins."""

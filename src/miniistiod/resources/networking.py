@@ -1,4 +1,4 @@
-"""ServiceEntry, WorkloadEntry, and the useful part of Kubernetes' Service and Namespace."""
+"""ServiceEntry, WorkloadEntry and WorkloadGroup."""
 
 from __future__ import annotations
 
@@ -7,45 +7,47 @@ from typing import TYPE_CHECKING
 from miniistiod.resources import metadata as common
 from miniistiod.resources.model import (
     Endpoint,
-    KubernetesService,
     Metadata,
-    Namespace,
     Resolution,
     ServiceEntry,
     ServicePort,
     WorkloadEntry,
+    WorkloadGroup,
 )
 
 if TYPE_CHECKING:
     from miniistiod.resources.reader import IpAddress, IpNetwork, Reader
 
-__all__ = ["TRAFFIC_DISTRIBUTION", "TUNNEL_LABEL", "namespace", "service", "service_entry", "workload_entry"]
+__all__ = [
+    "NODE_ANNOTATION",
+    "REDIRECTION_ANNOTATION",
+    "TRAFFIC_DISTRIBUTION",
+    "TUNNEL_LABEL",
+    "check_distribution",
+    "service_entry",
+    "workload_entry",
+    "workload_group",
+]
 
 TUNNEL_LABEL = "networking.istio.io/tunnel"
 REDIRECTION_ANNOTATION = "ambient.istio.io/redirection"
+NODE_ANNOTATION = "miniistiod/node"
+"""The node that a machine's ztunnel runs on; set by enrolment, sent as the workload's node."""
 TRAFFIC_DISTRIBUTION = "networking.istio.io/traffic-distribution"
 _PROTOCOLS = frozenset(("HTTP", "HTTPS", "HTTP2", "GRPC", "GRPC-WEB", "MONGO", "MYSQL", "REDIS", "TCP", "TLS", "UDP"))
 _DISTRIBUTIONS = frozenset(("preferclose", "prefersamezone", "prefersamenode", "any"))
+_LOCATIONS = ("MESH_INTERNAL", "MESH_EXTERNAL")
 _MAX_WEIGHT = 2**32 - 1
-
-
-def namespace(reader: Reader, meta: Metadata) -> Namespace:
-    """A namespace: only its labels and annotations count."""
-    reader.ignore("spec", "status")
-    common.refuse_waypoint(reader, meta)
-    _check_distribution(reader, meta)
-    return Namespace(meta=meta)
 
 
 def workload_entry(reader: Reader, meta: Metadata) -> WorkloadEntry | None:
     """A machine."""
-    reader.ignore("status")
+    healthy = _healthy(reader)
     spec = reader.mapping("spec")
     if spec is None:
         reader.require("spec", "add spec with the machine's address")
         return None
     endpoint = _endpoint(spec)
-    common.refuse_waypoint(reader, meta)
     spec.finish()
     if endpoint is None:
         return None
@@ -56,10 +58,53 @@ def workload_entry(reader: Reader, meta: Metadata) -> WorkloadEntry | None:
             f"WorkloadEntry {meta.namespace}/{meta.name} is reached in plaintext until its ztunnel has connected",
             f"if it runs one, add the label {TUNNEL_LABEL}: http",
         )
-    return WorkloadEntry(meta=meta, endpoint=endpoint)
+    return WorkloadEntry(meta=meta, endpoint=endpoint, healthy=healthy)
 
 
-def _endpoint(reader: Reader) -> Endpoint | None:
+def _healthy(reader: Reader) -> bool:
+    """What the condition `Healthy` of the status says; true without one."""
+    status = reader.mapping("status")
+    healthy = True
+    for item in (status.readers("conditions") if status is not None else None) or ():
+        if item.text("type") == "Healthy":
+            healthy = item.text("status") != "False"
+    return healthy
+
+
+def workload_group(reader: Reader, meta: Metadata) -> WorkloadGroup | None:
+    """What machines that register themselves have in common."""
+    reader.ignore("status")
+    spec = reader.mapping("spec")
+    if spec is None:
+        reader.require("spec", "add spec with template.serviceAccount")
+        return None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    inner = spec.mapping("metadata")
+    if inner is not None:
+        labels, annotations = inner.string_map("labels"), inner.string_map("annotations")
+        inner.finish()
+    template = spec.mapping("template")
+    endpoint = None
+    if template is None:
+        spec.require("template", "add template with serviceAccount")
+    else:
+        if template.has("address"):
+            template.refuse("address", "is of one machine, and this is about many", "remove it")
+        if template.mapping("labels") is not None:
+            template.error(template.line, f"{template.field('labels')} is ignored by Istio", "use spec.metadata.labels")
+        endpoint = _endpoint(template, needs_address=False)
+        template.finish()
+    if spec.take("probe") is not None:
+        spec.warning(spec.line, "spec.probe is not run by this mesh's ztunnel", "report health from the machine itself")
+    spec.choice("location", _LOCATIONS)
+    spec.finish()
+    if endpoint is None:
+        return None
+    return WorkloadGroup(meta=meta, labels=labels, annotations=annotations, template=endpoint)
+
+
+def _endpoint(reader: Reader, *, needs_address: bool = True) -> Endpoint | None:
     line = reader.line
     text, network = reader.text("address") or "", reader.text("network") or ""
     ports, labels = reader.port_map("ports"), reader.string_map("labels")
@@ -87,7 +132,7 @@ def _endpoint(reader: Reader) -> Endpoint | None:
             if address is text or text[-1:].isdigit() or ":" in text:
                 reader.error(line, f"{reader.field('address')} is {text!r}: {error}", "or write a host name")
                 return None
-    elif not network:
+    elif needs_address and not network:
         reader.error(line, f"{reader.field('address')} is missing", "write an IP address or host name, or a network")
         return None
     return Endpoint(
@@ -110,10 +155,12 @@ def service_entry(reader: Reader, meta: Metadata) -> ServiceEntry | None:
         return None
     line = spec.line
     hosts = spec.texts("hosts", lambda text: common.host_name(text, wildcard=True)) or ()
+    errors = spec.findings.errors
     addresses = spec.texts("addresses", _virtual_address) or ()
+    readable = spec.findings.errors == errors
     ports = _ports(spec, hosts)
     resolution = Resolution(spec.choice("resolution", {item.value for item in Resolution}) or "NONE")
-    spec.choice("location", {"MESH_INTERNAL", "MESH_EXTERNAL"})
+    spec.choice("location", _LOCATIONS)
     _export_to(spec)
     sans = spec.texts("subjectAltNames", _subject) or ()
     selector = common.selector(spec, "workloadSelector", "labels")
@@ -131,8 +178,7 @@ def service_entry(reader: Reader, meta: Metadata) -> ServiceEntry | None:
             )
         endpoints.append(endpoint)
     spec.finish()
-    common.refuse_waypoint(reader, meta)
-    _check_distribution(reader, meta)
+    check_distribution(reader, meta)
     if not hosts:
         spec.error(line, "spec.hosts names no host", "name at least one, for example orders.mesh")
     for host in {host for host in hosts if hosts.count(host) > 1}:
@@ -145,14 +191,14 @@ def service_entry(reader: Reader, meta: Metadata) -> ServiceEntry | None:
             "spec.resolution NONE means the address that was dialled, but endpoints are given",
             "set resolution: STATIC, or remove the endpoints",
         )
-    if resolution is Resolution.DYNAMIC_DNS:
-        spec.error(line, "spec.resolution DYNAMIC_DNS needs a waypoint, which is not built yet", "use DNS or STATIC")
     if resolution is Resolution.STATIC and not endpoints and selector is None:
         spec.warning(line, "spec.resolution is STATIC without any endpoint", "add endpoints or a workloadSelector")
     if resolution in (Resolution.DNS, Resolution.DNS_ROUND_ROBIN) and not endpoints and selector is None:
         for host in hosts:
             if host.startswith("*."):
                 spec.warning(line, f"the wildcard {host!r} cannot be resolved by DNS", "name its hosts one by one")
+    if not readable:
+        return None  # as Istio has it: a service with some of its addresses would be reached past the mesh
     return ServiceEntry(
         meta=meta,
         hosts=hosts,
@@ -236,7 +282,8 @@ def _status_addresses(reader: Reader) -> tuple[tuple[str, IpAddress], ...]:
     return tuple(found)
 
 
-def _check_distribution(reader: Reader, meta: Metadata) -> None:
+def check_distribution(reader: Reader, meta: Metadata) -> None:
+    """Warn of a traffic distribution that is not known."""
     value = meta.annotations.get(TRAFFIC_DISTRIBUTION)
     if value is not None and value.lower() not in _DISTRIBUTIONS:
         reader.warning(
@@ -244,69 +291,3 @@ def _check_distribution(reader: Reader, meta: Metadata) -> None:
             f"the annotation {TRAFFIC_DISTRIBUTION} is {value!r}, which means any endpoint",
             "write PreferClose, PreferSameZone, PreferSameNode or Any",
         )
-
-
-def service(reader: Reader, meta: Metadata) -> KubernetesService | None:
-    """A Kubernetes Service with a selector over WorkloadEntries."""
-    reader.ignore("status")
-    spec = reader.mapping("spec")
-    if spec is None:
-        reader.require("spec", "add spec with ports and a selector")
-        return None
-    line = spec.line
-    kind = spec.text("type")
-    if kind not in (None, "ClusterIP"):
-        spec.error(line, f"spec.type is {kind!r}, which has no meaning without Kubernetes", "use ClusterIP")
-    ports: list[ServicePort] = []
-    for item in spec.readers("ports") or ():
-        if not item.has("port"):
-            item.require("port", "give the port a number")
-        number = item.integer("port", 1, 65_535)
-        name, app = item.text("name") or "", item.text("appProtocol")
-        transport = item.choice("protocol", {"TCP", "UDP", "SCTP"}) or "TCP"
-        target = _target_port(item)
-        item.finish()
-        if number is None:
-            continue
-        if transport != "TCP":
-            item.error(item.line, f"{item.path} is {transport}, which the mesh does not carry", "remove the port")
-        protocol = app.removeprefix("kubernetes.io/") if app else name.split("-")[0]
-        ports.append(ServicePort(number=number, name=name, protocol=protocol, target=target))
-    if not ports:
-        spec.error(line, "spec.ports names no port", "name at least one, as {port: 80, name: http}")
-    addresses: list[IpAddress] = []
-    single = spec.text("clusterIP")
-    for text in dict.fromkeys(([single] if single else []) + list(spec.texts("clusterIPs", str) or ())):
-        if text in ("None", ""):
-            continue
-        try:
-            addresses.append(common.ip_address(text))
-        except ValueError as error:
-            spec.error(line, f"spec.clusterIP is {text!r}: {error}", "or None for a service without one")
-    labels = spec.string_map("selector")
-    publish = spec.boolean("publishNotReadyAddresses") or False
-    local = spec.choice("internalTrafficPolicy", {"Cluster", "Local"}) == "Local"
-    distribution = spec.text("trafficDistribution")
-    spec.ignore("ipFamilies", "ipFamilyPolicy")
-    spec.choice("sessionAffinity", {"None"})
-    spec.finish()
-    common.refuse_waypoint(reader, meta)
-    _check_distribution(reader, meta)
-    return KubernetesService(
-        meta=meta,
-        addresses=tuple(addresses),
-        ports=tuple(ports),
-        selector=labels or None,
-        publish_not_ready=publish,
-        internal_local=local,
-        traffic_distribution=distribution,
-    )
-
-
-def _target_port(item: Reader) -> int | str | None:
-    value = item.take("targetPort")
-    if value is None:
-        return None
-    if getattr(value, "kind", "") == "text":
-        return item.as_text(value, item.field("targetPort"))
-    return item.as_integer(value, item.field("targetPort"), 1, 65_535)

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
     from miniistiod.resources.findings import Findings
 
-__all__ = ["IpAddress", "IpNetwork", "Reader", "names_like"]
+__all__ = ["IpAddress", "IpInterface", "IpNetwork", "Reader", "names_like"]
 
 T = TypeVar("T")
 IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetwork: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+IpInterface: TypeAlias = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 
@@ -169,8 +170,16 @@ class Reader:
         elements = self.elements(name)
         return None if elements is None else [Reader(item, path, self.findings) for path, item in elements]
 
-    def texts(self, name: str, parse: Callable[[str], T]) -> tuple[T, ...] | None:
-        """A list of texts, each parsed; `parse` raises ValueError with what is wrong. None when the field is absent."""
+    def texts(
+        self, name: str, parse: Callable[[str], T], check: Callable[[T], None] | None = None
+    ) -> tuple[T, ...] | None:
+        """A list of texts, each parsed. None when the field is absent.
+
+        Args:
+            name: the field.
+            parse: raises ValueError with what is wrong; the value is left out.
+            check: raises ValueError too; that is an error all the same, but the value stays.
+        """
         elements = self.elements(name)
         if elements is None:
             return None
@@ -181,6 +190,8 @@ class Reader:
                 continue
             try:
                 found.append(parse(text))
+                if check is not None:
+                    check(found[-1])
             except ValueError as error:
                 what, _, fix = str(error).partition("; ")
                 self.error(item.line, f"{path} is {text!r}: {what}", fix or "mend it")

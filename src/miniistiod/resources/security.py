@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from miniistiod.resources import metadata as common
+from miniistiod.resources.gateway import target
 from miniistiod.resources.model import (
     Action,
     AuthorizationPolicy,
@@ -13,10 +14,11 @@ from miniistiod.resources.model import (
     MtlsMode,
     PeerAuthentication,
     Rule,
+    Target,
     ValueMatch,
 )
 from miniistiod.resources.reader import names_like
-from miniistiod.resources.tree import Mapping
+from miniistiod.resources.tree import Mapping, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +32,12 @@ T = TypeVar("T")
 _L7_SOURCE = ("remoteIpBlocks", "notRemoteIpBlocks", "requestPrincipals", "notRequestPrincipals")
 _L7_OPERATION = ("hosts", "notHosts", "methods", "notMethods", "paths", "notPaths")
 _L7_KEYS = ("request.", "remote.ip", "connection.sni", "experimental.", "source.labels", "source.user")
-_L7_FIX = "ztunnel sees connections, not requests: remove it, or say it by ports, principals, namespaces or addresses"
+_L7_FIX = (
+    "ztunnel sees connections, not requests: bind the policy to a waypoint with targetRefs, or say it by ports,"
+    " principals, namespaces or addresses"
+)
 _CONDITIONS = ("destination.ip", "destination.port", "source.ip", "source.namespace", "source.principal")
+_PORT_FIX = 'not a port; write a number from 1 to 65535 in quotes, as "8080"'
 DRY_RUN = "istio.io/dry-run"
 
 
@@ -42,39 +48,62 @@ def authorization_policy(reader: Reader, meta: Metadata) -> AuthorizationPolicy 
     if spec is None:
         reader.require("spec", "add spec; 'spec: {}' allows nobody in the namespace")
         return None
-    if meta.annotations.get(DRY_RUN, "false").lower() not in ("false", "f", "0"):
-        reader.error(meta.line, f"the annotation {DRY_RUN} asks for a dry run, which is not built yet", "remove it")
-    for name in ("targetRef", "targetRefs"):
-        spec.refuse(name, "binds the policy to a waypoint, which is not built yet", "use selector.matchLabels")
-    spec.refuse("provider", "names an external authorizer, which a layer 4 proxy does not ask", "remove it")
-    action = _action(spec)
+    dry_run = meta.annotations.get(DRY_RUN, "false").lower() in ("true", "t", "1")
+    if dry_run:
+        reader.error(
+            meta.line,
+            f"the annotation {DRY_RUN} asks for a dry run, which older ztunnels would enforce",
+            "remove the annotation, or the policy",
+        )
+    targets = _targets(spec, meta)
+    bound = bool(targets)
+    action = _action(spec, bound)
     selector = common.selector(spec, "selector", "matchLabels")
-    rules = tuple(_rule(item, meta.namespace) for item in spec.readers("rules") or ())
+    if bound and selector is not None:
+        spec.error(spec.line, "spec has both targetRefs and a selector", "keep one of them")
+    line = spec.line
+    if bound:
+        spec.take("provider")
+    else:
+        spec.refuse("provider", "names an external authorizer, which a layer 4 proxy does not ask", "remove it")
+    rules = tuple(_rule(item, meta.namespace, bound) for item in spec.readers("rules") or ())
     spec.finish()
     if action is Action.DENY and not rules:
-        spec.error(spec.line, "a DENY policy without rules denies nothing", "add rules; 'rules: [{}]' denies everyone")
-    return AuthorizationPolicy(meta=meta, selector=selector, action=action, rules=rules)
+        spec.error(line, "a DENY policy without rules denies nothing", "add rules; 'rules: [{}]' denies everyone")
+    return AuthorizationPolicy(
+        meta=meta, selector=selector, action=action, rules=rules, targets=targets, dry_run=dry_run
+    )
 
 
-def _action(spec: Reader) -> Action:
+def _targets(spec: Reader, meta: Metadata) -> tuple[Target, ...]:
+    single = spec.mapping("targetRef")
+    readers = ([single] if single is not None else []) + (spec.readers("targetRefs") or [])
+    found = (target(item, meta.namespace) for item in readers)
+    return tuple(item for item in found if item is not None)
+
+
+def _action(spec: Reader, bound: bool) -> Action:
     line = spec.line
-    text = spec.choice("action", {"ALLOW", "DENY", "AUDIT", "CUSTOM"}) or "ALLOW"
-    if text in ("AUDIT", "CUSTOM"):
-        spec.error(line, f"spec.action {text} cannot be enforced by a layer 4 proxy", "use ALLOW or DENY")
-        return Action.DENY
-    return Action(text)
+    action = Action(spec.choice("action", [item.value for item in Action]) or "ALLOW")
+    if not action.layer_4 and not bound:
+        spec.error(
+            line,
+            f"spec.action {action.value} cannot be enforced by a layer 4 proxy",
+            "use ALLOW or DENY, or bind the policy to a waypoint with targetRefs",
+        )
+    return action
 
 
-def _rule(reader: Reader, namespace: str) -> Rule:
+def _rule(reader: Reader, namespace: str, bound: bool) -> Rule:
     """Clauses in the order to, from, when. Source: istio-proxy's conversion for ztunnel."""
     clauses: list[tuple[Match, ...]] = []
-    sources = _alternatives(reader, "from", "source", lambda inner: _source(inner, namespace))
-    operations = _alternatives(reader, "to", "operation", _operation)
+    sources = _alternatives(reader, "from", "source", lambda inner: _source(inner, namespace, bound))
+    operations = _alternatives(reader, "to", "operation", lambda inner: _operation(inner, bound))
     clauses.extend(clause for clause in (operations, sources) if clause)
     conditions = reader.readers("when")
     if conditions is not None and not conditions:
         reader.error(reader.line, f"{reader.field('when')} is empty", "remove it or add a condition")
-    clauses.extend((_condition(item, namespace),) for item in conditions or ())
+    clauses.extend((_condition(item, bound),) for item in conditions or ())
     reader.finish()
     return Rule(clauses=tuple(clauses))
 
@@ -101,30 +130,43 @@ def _alternatives(reader: Reader, name: str, inner: str, read: Callable[[Reader]
     return tuple(found)
 
 
-def _source(reader: Reader, namespace: str) -> Match:
-    for name in _L7_SOURCE:
-        reader.refuse(name, "is about requests", _L7_FIX)
+def _requests(reader: Reader, names: tuple[str, ...], bound: bool) -> tuple[str, ...]:
+    """Fields about requests that are there. They are errors where no waypoint is to look at them."""
+    found: list[str] = []
+    for name in names:
+        value = reader.take(name)
+        if value is None or (isinstance(value, Sequence) and not value.items):
+            continue
+        found.append(name)
+        if not bound:
+            reader.error(value.line, f"{reader.field(name)} is about requests", _L7_FIX)
+    return tuple(found)
+
+
+def _source(reader: Reader, namespace: str, bound: bool) -> Match:
     return Match(
+        requests=_requests(reader, _L7_SOURCE, bound),
         principals=ValueMatch(
-            values=_values(reader, "principals", _principal), not_values=_values(reader, "notPrincipals", _principal)
+            values=_patterns(reader, "principals", _check_principal),
+            not_values=_patterns(reader, "notPrincipals", _check_principal),
         ),
         namespaces=ValueMatch(
-            values=_values(reader, "namespaces", _pattern), not_values=_values(reader, "notNamespaces", _pattern)
+            values=_patterns(reader, "namespaces", _check_pattern),
+            not_values=_patterns(reader, "notNamespaces", _check_pattern),
         ),
         service_accounts=_values(reader, "serviceAccounts", lambda text: _service_account(text, namespace)),
         not_service_accounts=_values(reader, "notServiceAccounts", lambda text: _service_account(text, namespace)),
-        source_ips=_values(reader, "ipBlocks", common.ip_or_network),
-        not_source_ips=_values(reader, "notIpBlocks", common.ip_or_network),
+        source_ips=_values(reader, "ipBlocks", common.ip_interface),
+        not_source_ips=_values(reader, "notIpBlocks", common.ip_interface),
     )
 
 
-def _operation(reader: Reader) -> Match:
-    for name in _L7_OPERATION:
-        reader.refuse(name, "is about requests", _L7_FIX)
-    return Match(ports=_values(reader, "ports", _port), not_ports=_values(reader, "notPorts", _port))
+def _operation(reader: Reader, bound: bool) -> Match:
+    requests = _requests(reader, _L7_OPERATION, bound)
+    return Match(ports=_ports(reader, "ports"), not_ports=_ports(reader, "notPorts"), requests=requests)
 
 
-def _condition(reader: Reader, namespace: str) -> Match:
+def _condition(reader: Reader, bound: bool) -> Match:
     line = reader.line
     key = reader.text("key")
     match = Match()
@@ -132,9 +174,11 @@ def _condition(reader: Reader, namespace: str) -> Match:
         reader.require("key", f"write one of {names_like(_CONDITIONS)}")
         reader.ignore("values", "notValues")
     elif key not in _CONDITIONS:
-        known = "is about requests" if key.startswith(_L7_KEYS) else "is not known"
-        reader.error(line, f"{reader.field('key')} {key!r} {known}", f"write one of {names_like(_CONDITIONS)}")
+        if not bound or not key.startswith(_L7_KEYS):
+            known = "is about requests" if key.startswith(_L7_KEYS) else "is not known"
+            reader.error(line, f"{reader.field('key')} {key!r} {known}", f"write one of {names_like(_CONDITIONS)}")
         reader.ignore("values", "notValues")
+        match = Match(requests=(key,))
     else:
         errors = reader.findings.errors
         match = _CONDITION_READERS[key](reader)
@@ -144,31 +188,31 @@ def _condition(reader: Reader, namespace: str) -> Match:
     return match
 
 
-def _strings(reader: Reader, parse: Callable[[str], str]) -> ValueMatch:
-    return ValueMatch(values=_values(reader, "values", parse), not_values=_values(reader, "notValues", parse))
+def _strings(reader: Reader, check: Callable[[str], None]) -> ValueMatch:
+    return ValueMatch(values=_patterns(reader, "values", check), not_values=_patterns(reader, "notValues", check))
 
 
 _CONDITION_READERS: dict[str, Callable[[Reader], Match]] = {
-    "source.principal": lambda reader: Match(principals=_strings(reader, _principal)),
-    "source.namespace": lambda reader: Match(namespaces=_strings(reader, _pattern)),
+    "source.principal": lambda reader: Match(principals=_strings(reader, _check_principal)),
+    "source.namespace": lambda reader: Match(namespaces=_strings(reader, _check_pattern)),
     "source.ip": lambda reader: Match(
-        source_ips=_values(reader, "values", common.ip_or_network),
-        not_source_ips=_values(reader, "notValues", common.ip_or_network),
+        source_ips=_values(reader, "values", common.ip_interface),
+        not_source_ips=_values(reader, "notValues", common.ip_interface),
     ),
     "destination.ip": lambda reader: Match(
-        destination_ips=_values(reader, "values", common.ip_or_network),
-        not_destination_ips=_values(reader, "notValues", common.ip_or_network),
+        destination_ips=_values(reader, "values", common.ip_interface),
+        not_destination_ips=_values(reader, "notValues", common.ip_interface),
     ),
-    "destination.port": lambda reader: Match(
-        ports=_values(reader, "values", _port), not_ports=_values(reader, "notValues", _port)
-    ),
+    "destination.port": lambda reader: Match(ports=_ports(reader, "values"), not_ports=_ports(reader, "notValues")),
 }
 
 
-def _values(reader: Reader, name: str, parse: Callable[[str], T]) -> tuple[T, ...]:
+def _values(
+    reader: Reader, name: str, parse: Callable[[str], T], check: Callable[[T], None] | None = None
+) -> tuple[T, ...]:
     """A list of values; an empty list is an error, because it reads as 'nobody' and means 'anybody'."""
     line, errors = reader.line, reader.findings.errors
-    values = reader.texts(name, parse)
+    values = reader.texts(name, parse, check)
     if values is None:
         return ()
     if not values and reader.findings.errors == errors:
@@ -176,21 +220,24 @@ def _values(reader: Reader, name: str, parse: Callable[[str], T]) -> tuple[T, ..
     return values
 
 
-def _pattern(text: str) -> str:
+def _patterns(reader: Reader, name: str, check: Callable[[str], None]) -> tuple[str, ...]:
+    """Texts with wildcards. A wrong one is an error and stays: Istio would take it for something."""
+    return _values(reader, name, str, check)
+
+
+def _check_pattern(text: str) -> None:
     if not text:
         raise ValueError("empty; write a name, or * for any")
     if "*" in text[1:-1] or (text != "*" and text.startswith("*") and text.endswith("*")):
         raise ValueError("has more than one wildcard; put one * at the beginning or at the end")
-    return text
 
 
-def _principal(text: str) -> str:
+def _check_principal(text: str) -> None:
     if text.startswith("spiffe://"):
         raise ValueError(f"has the scheme, so it would never match; write {text.removeprefix('spiffe://')}")
-    text = _pattern(text)
+    _check_pattern(text)
     if "*" not in text and "/ns/" not in text:
         raise ValueError("not a principal; write trust-domain/ns/namespace/sa/account")
-    return text
 
 
 def _service_account(text: str, namespace: str) -> tuple[str, str]:
@@ -201,13 +248,22 @@ def _service_account(text: str, namespace: str) -> tuple[str, str]:
     return own, account
 
 
+def _ports(reader: Reader, name: str) -> tuple[int, ...]:
+    return _values(reader, name, _port, _check_port)
+
+
 def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and text == str(int(text)) and 1 <= int(text) <= 65_535):
-        raise ValueError('not a port; write a number from 1 to 65535 in quotes, as "8080"')
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and text == str(int(text)) and int(text) < 65_536):
+        raise ValueError(_PORT_FIX)
     return int(text)
 
 
-def peer_authentication(reader: Reader, meta: Metadata, root_namespace: str) -> PeerAuthentication | None:
+def _check_port(port: int) -> None:
+    if port == 0:
+        raise ValueError(_PORT_FIX)
+
+
+def peer_authentication(reader: Reader, meta: Metadata) -> PeerAuthentication | None:
     """Whether workloads take plaintext."""
     reader.ignore("status")
     spec = reader.mapping("spec")
@@ -225,7 +281,9 @@ def peer_authentication(reader: Reader, meta: Metadata, root_namespace: str) -> 
             chosen = inner.choice("mode", {item.value for item in MtlsMode})
             inner.finish()
             try:
-                ports[_port(text)] = MtlsMode(chosen or "UNSET")
+                port = _port(text)
+                _check_port(port)
+                ports[port] = MtlsMode(chosen or "UNSET")
             except ValueError as error:
                 spec.error(port_line, f"{spec.field('portLevelMtls')} has the key {text!r}", str(error))
     elif listed is not None:
@@ -233,12 +291,6 @@ def peer_authentication(reader: Reader, meta: Metadata, root_namespace: str) -> 
     spec.finish()
     if ports and selector is None:
         spec.error(line, "spec.portLevelMtls has an effect only with a selector", "add selector.matchLabels")
-    if selector is not None and meta.namespace == root_namespace:
-        spec.error(
-            line,
-            f"a selector in the root namespace {root_namespace} has no effect",
-            "move the PeerAuthentication to the workload's namespace",
-        )
     return PeerAuthentication(meta=meta, selector=selector, mode=mode, ports=ports)
 
 

@@ -20,6 +20,9 @@ HEAD = {
     "PA": "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: p, namespace: shop}\nspec:\n",
     "SE": "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: s, namespace: shop}\nspec:\n",
     "WE": "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: w, namespace: shop}\nspec:\n",
+    "WG": "apiVersion: networking.istio.io/v1\nkind: WorkloadGroup\nmetadata: {name: g, namespace: shop}\nspec:\n",
+    "GW": "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: w, namespace: shop}\nspec:\n",
+    "ROUTE": "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: shop}\nspec:\n",
     "SVC": "apiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: shop}\nspec:\n",
 }
 HOSTS = "  hosts: [a.mesh]\n  ports: [{number: 80, name: http, protocol: HTTP}]\n"
@@ -41,7 +44,9 @@ def errors(text: str) -> list[str]:
         ("AP", "  selector: {}\n", 5, "spec.selector names no label"),
         ("AP", "  selector: {matchLabels: {}}\n", 5, "spec.selector names no label"),
         ("AP", "  selector: {matchLabels: {app: 'a*'}}\n", 5, "wildcard"),
-        ("AP", "  targetRef: {kind: Gateway, name: w}\n", 5, "spec.targetRef binds the policy to a waypoint"),
+        ("AP", "  targetRef: {kind: Gateway, name: w}\n", 5, "nothing can be bound to a Gateway of group ''"),
+        ("AP", "  targetRef: {kind: Gateway}\n", 5, "kind and name is missing"),
+        ("AP", "  selector: {matchLabels: {a: b}}\n  targetRef: {kind: Service, name: w}\n", 5, "both targetRefs and"),
         ("AP", "  action: DENY\n", 5, "a DENY policy without rules denies nothing"),
         ("AP", "  rule: []\n", 5, "unknown field spec.rule"),
         ("AP", "  rules:\n  - from: []\n", 6, "spec.rules[0].from is empty"),
@@ -77,7 +82,6 @@ def errors(text: str) -> list[str]:
         ("SE", HOSTS + "  hosts: [b.mesh]\n", 7, "given twice"),
         ("SE", "  hosts: [A..b]\n  ports: [{number: 80, name: http}]\n", 5, "not a host name"),
         ("SE", HOSTS + "  addresses: [10.0.0]\n", 7, "not an IP address"),
-        ("SE", HOSTS + "  resolution: DYNAMIC_DNS\n", 5, "needs a waypoint"),
         ("SE", HOSTS + "  resolution: static\n", 7, "spec.resolution is 'static'"),
         ("SE", HOSTS + "  endpoints: [{address: 10.0.0.1}]\n", 5, "NONE means the address that was dialled"),
         ("SE", HOSTS + "  resolution: STATIC\n  endpoints: [{}]\n", 8, "spec.endpoints[0].address is missing"),
@@ -97,8 +101,23 @@ def errors(text: str) -> list[str]:
         ("WE", "  address: 10.0.0.1\n  locality: a/b/c/d\n", 5, "write region/zone/subzone"),
         ("WE", "  address: 10.0.0.1\n  ports: {http: 99999}\n", 6, "spec.ports[http] is 99999"),
         ("WE", "  address: 10.0.0.1\n  labels: {v: 1}\n", 6, "spec.labels[v] is '1', a number; put it in quotes"),
-        ("SVC", "  type: LoadBalancer\n  ports: [{port: 80}]\n", 5, "has no meaning without Kubernetes"),
+        ("SVC", "  type: NodePort\n  ports: [{port: 80}]\n", 5, "has no meaning without Kubernetes"),
         ("SVC", "  ports: [{port: 80, protocol: UDP}]\n", 5, "which the mesh does not carry"),
+        ("SVC", "  type: ExternalName\n  externalName: a.b\n  ports: [{port: 80}]\n", 5, "has no meaning without"),
+        ("SVC", "  ports: [{port: 80}]\n  ipFamilies: [IPv5]\n", 6, "not an address family"),
+        ("WG", "  {}\n", 5, "spec.template is missing"),
+        ("WG", "  template: {address: 10.0.0.1}\n", 5, "spec.template.address is of one machine"),
+        ("WG", "  template: {labels: {a: b}}\n", 5, "use spec.metadata.labels"),
+        ("GW", "  listeners: []\n", 5, "spec.gatewayClassName is missing"),
+        ("GW", "  gatewayClassName: x\n  listeners: [{name: m}]\n", 6, "port and protocol is missing"),
+        ("GW", "  gatewayClassName: x\n  addresses: [{value: a.b}]\n", 6, "or say type: Hostname"),
+        (
+            "GW",
+            "  gatewayClassName: x\n  listeners:\n  - port: 1\n    allowedRoutes: {namespaces: {from: Never}}\n",
+            8,
+            "write one of All, Same, Selector",
+        ),
+        ("ROUTE", "  rules: []\n", 3, "is bound to nothing"),
     ],
 )
 def test_a_wrong_field_is_an_error_with_its_line(kind: str, spec: str, line: int, what: str) -> None:
@@ -114,8 +133,8 @@ def test_a_wrong_field_is_an_error_with_its_line(kind: str, spec: str, line: int
         ("apiVersion: v2\nkind: Namespace\nmetadata: {name: a}\n", "the apiVersion of a Namespace is 'v2'"),
         ("apiVersion: v1\n", "kind is missing"),
         ("apiVersion: v1\nkind: Pod\n", "the kind 'Pod' is not known"),
-        ("apiVersion: x\nkind: HTTPRoute\n", "a HTTPRoute is not handled yet"),
-        ("apiVersion: networking.istio.io/v1\nkind: WorkloadGroup\n", "a WorkloadGroup is not handled yet"),
+        ("apiVersion: x\nkind: HTTPRoute\n", "the apiVersion of a HTTPRoute is 'x'"),
+        ("apiVersion: networking.istio.io/v1\nkind: VirtualService\n", "a VirtualService is not handled"),
         ("apiVersion: v1\nkind: Namespace\n", "metadata is missing"),
         ("apiVersion: v1\nkind: Namespace\nmetadata: {}\n", "metadata.name is missing"),
         ("apiVersion: v1\nkind: Namespace\nmetadata: {name: A}\n", "metadata.name is 'A'"),
@@ -124,10 +143,6 @@ def test_a_wrong_field_is_an_error_with_its_line(kind: str, spec: str, line: int
         ("apiVersion: v1\nkind: Namespace\nmetadata: {name: a, creationTimestamp: soon}\n", "is 'soon'"),
         ("apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\nextra: 1\n", "unknown field extra"),
         (HEAD["AP"].replace("shop", "sh/op") + "  {}\n", "metadata.namespace is 'sh/op'"),
-        (
-            "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, labels: {istio.io/use-waypoint: w}}\n",
-            "asks for a waypoint",
-        ),
         (
             HEAD["AP"].replace("shop}", "shop, annotations: {istio.io/dry-run: 'true'}}") + "  {}\n",
             "asks for a dry run",
@@ -171,10 +186,10 @@ def test_what_an_api_server_adds_is_taken() -> None:
     assert created.year == 2025
 
 
-def test_network_bits_beyond_the_prefix_are_cleared() -> None:
+def test_a_network_stays_as_it_was_written() -> None:
     resources = read(HEAD["AP"] + "  rules: [{from: [{source: {ipBlocks: [10.1.2.3/8]}}]}]\n")
     (policy,) = resources.of(AuthorizationPolicy)
-    assert str(policy.rules[0].clauses[0][0].source_ips[0]) == "10.0.0.0/8"
+    assert str(policy.rules[0].clauses[0][0].source_ips[0]) == "10.1.2.3/8"
 
 
 def test_a_workload_in_plaintext_is_a_warning_only() -> None:
