@@ -196,7 +196,7 @@ class MiniIstiod:
                     failure = error
                 with trio.move_on_after(_GOODBYE_SECONDS):
                     server.drain()
-                    self.api.end_streams()
+                    self.api.discovery.end_streams()
                     await ended.wait()
                 nursery.cancel_scope.cancel()
             if failure is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from miniistiod.config import Config
     from miniistiod.mesh import Mesh
     from miniistiod.metrics import Metrics
-    from miniistiod.snapshot import Snapshot
+    from miniistiod.catalog import Catalog
 
 __all__ = ["CREATE_CERTIFICATE", "CertificateService", "accounts_on"]
 
@@ -96,7 +96,7 @@ class CertificateService:
         )
 
 
-def accounts_on(snapshot: Snapshot, node: str) -> set[tuple[str, str]]:
+def accounts_on(snapshot: Catalog, node: str) -> set[tuple[str, str]]:
     """Namespace and service account of the workloads that are registered on a node."""
     found = set()
     for name in snapshot.by_node.get(node, ()):

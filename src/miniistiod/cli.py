@@ -21,7 +21,7 @@ from hbone.errors import ConfigurationError
 from miniistiod import admin_client, commands_authority, commands_tokens, expiry, lint, watch
 from miniistiod.commandline import PROGRAM, add_command, add_state, example, table, when
 from miniistiod.config import Config, parse_address
-from miniistiod.registry import Inputs, Registry
+from miniistiod.registry import Registry
 from miniistiod.resources import Severity, load
 from miniistiod.store import ADMIN_SOCKET, DATABASE, ROOT_FILE, Store
 
@@ -193,7 +193,7 @@ def _check(arguments: argparse.Namespace) -> int:
     resources = load(files)
     findings: list[Finding] = list(resources.findings)
     if not resources.errors:
-        findings += lint.findings(Registry(resources, Inputs()), resources.mesh.trust_domain)
+        findings += lint.findings(Registry.of(resources), resources.mesh.trust_domain)
     errors = sum(item.severity is Severity.ERROR for item in findings)
     if arguments.json:
         print(json.dumps([item.to_json() for item in findings], indent=1))

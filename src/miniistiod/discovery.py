@@ -1,7 +1,8 @@
 """One discovery stream: what its client has, and what it is owed. Pure.
 
 Delta xDS. A client is sent policies before the workloads that refer to them, and loses policies after those workloads
-do, so that no moment is without a policy that holds before and after.
+do, so that no moment is without a policy that holds before and after. `World` is the older form of discovery, in which
+every response has everything.
 
 Source: Envoy's incremental xDS; Istio's workload discovery (names, aliases, wildcard and on-demand).
 """
@@ -13,18 +14,27 @@ from typing import TYPE_CHECKING
 import attrs
 
 from hbone.errors import HboneError
-from miniistiod.snapshot import difference
+from miniistiod.catalog import ADDRESS, AUTHORIZATION
+from miniistiod.ondemand import OnDemand
 from ztunnel.wire import discovery_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable
 
-    from miniistiod.snapshot import Entry, Snapshot
+    from miniistiod.catalog import Catalog
 
-__all__ = ["ADDRESS", "AUTHORIZATION", "HEALTH", "Rejection", "Subscriber", "TooManyNamesError"]
+__all__ = [
+    "ADDRESS",
+    "AUTHORIZATION",
+    "HEALTH",
+    "FellBehindError",
+    "Rejection",
+    "Response",
+    "Subscriber",
+    "TooManyNamesError",
+    "World",
+]
 
-ADDRESS = "type.googleapis.com/istio.workload.Address"
-AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
 HEALTH = "type.googleapis.com/istio.v1.HealthInformation"
 HOLD_SECONDS = 1.0
 """How long the first addresses wait for the client to ask for policies too."""
@@ -37,6 +47,10 @@ class TooManyNamesError(HboneError):
     """The client subscribed to more than we keep."""
 
 
+class FellBehindError(HboneError):
+    """The client took so long that what it lacks is not known any longer; it must connect again."""
+
+
 @attrs.frozen(kw_only=True)
 class Rejection:
     """A NACK: what the client could not use of a response."""
@@ -46,39 +60,52 @@ class Rejection:
     message: str
 
 
+@attrs.frozen(kw_only=True)
+class Response:
+    """A response, ready to be sent."""
+
+    type_url: str
+    nonce: str
+    data: bytes
+    resources: int
+    """How many it carries."""
+    removed: int
+
+
 @attrs.define
 class _Type:
     """What a client has of one type."""
 
     url: str
-    wildcard: bool
-    sent: dict[str, str] = attrs.Factory(dict)
-    """Resource name to version, as far as the client holds it. On demand, names that were asked are in it too."""
-    base: Mapping[str, Entry] | None = None
-    """Wildcard: instead of `sent`, the set that the client has."""
-    asked: set[str] = attrs.Factory(set)
-    """On demand: names that the client subscribed to."""
+    held: dict[str, str] | None
+    """Wildcard: name to version of what it said to have, until the first answer."""
+    demand: OnDemand | None = None
+    """Instead of everything: what it asked for."""
+    number: int = -1
+    """The change up to which the client has everything that it wants."""
     owed: bool = True
     """The next answer is due even if there is nothing in it."""
-    again: set[str] = attrs.Factory(set)
-    """On demand: names just asked, to be answered though the client has them."""
     nonce: str = ""
     acknowledged: str = ""
+
+    @property
+    def wildcard(self) -> bool:
+        return self.demand is None
 
 
 class Subscriber:
     """The state machine of one stream.
 
-    Give it each request (`request`) and each snapshot (`offer`), then send what `take` returns, in order. Before the
-    client has asked for both types, answers may be held back until `deadline`.
+    Give it each request (`request`), then send what `take` returns, in order; `take` again after each change of the
+    catalog. Before the client has asked for both types, answers may be held back until `deadline`.
     """
 
-    def __init__(self, stream_id: str, *, node: str = "") -> None:
+    def __init__(self, stream_id: str, catalog: Catalog, *, node: str = "") -> None:
         self._stream_id = stream_id
+        self._catalog = catalog
         self._node = node
         self._counter = 0
         self._types: dict[str, _Type] = {}
-        self._snapshot: Snapshot | None = None
         self._settled = False
         self.deadline: float | None = None
         """When `take` must be called though nothing came."""
@@ -122,18 +149,17 @@ class Subscriber:
         subscribe = set(message.resource_names_subscribe)
         held = dict(message.initial_resource_versions)
         names = (subscribe | held.keys()) - set(message.resource_names_unsubscribe)
-        wildcard = message.type_url == AUTHORIZATION or not subscribe or "*" in names
-        if wildcard:
-            return _Type(message.type_url, True, sent=held)
-        state = _Type(message.type_url, False, sent=held)
-        self._subscribe(state, names - {"*"})
-        return state
+        if message.type_url == AUTHORIZATION or not subscribe or "*" in names:
+            return _Type(message.type_url, held)
+        demand = OnDemand(self._catalog, self._node, held)
+        self._subscribe(demand, names - {"*"}, held=held)
+        return _Type(message.type_url, None, demand)
 
-    def _subscribe(self, state: _Type, names: Iterable[str]) -> None:
-        for name in names:
-            if len(name) > MAX_NAME_LENGTH or len(state.asked) >= MAX_NAMES:
+    def _subscribe(self, demand: OnDemand, names: Iterable[str], *, held: Container[str] = ()) -> None:
+        for name in sorted(names):
+            if len(name) > MAX_NAME_LENGTH or len(demand.asked) >= MAX_NAMES:
                 raise TooManyNamesError(f"more than {MAX_NAMES} names, or a name over {MAX_NAME_LENGTH} characters")
-            state.asked.add(name)
+            demand.ask(name, again=name not in held)
 
     def _resubscribe(self, state: _Type, message: pb.DeltaDiscoveryRequest) -> None:
         """Later changes of the subscription count even in an answer to an older response: they are said once."""
@@ -141,113 +167,84 @@ class Subscriber:
         unsubscribe = set(message.resource_names_unsubscribe)
         if not subscribe and not unsubscribe:
             return
-        if state.wildcard:
-            state.owed, state.base = True, None  # everything again, as istiod does
-            state.sent = {}
+        if state.demand is None or "*" in subscribe - unsubscribe:
+            # Everything, once more where it was everything before: as istiod does.
+            state.demand, state.held, state.number, state.owed = None, {}, -1, True
             return
-        if "*" in subscribe - unsubscribe:
-            state.wildcard, state.owed = True, True
-            state.asked, state.sent = set(), {}
-            return
-        state.asked -= unsubscribe
         for name in unsubscribe:
-            state.sent.pop(name, None)
+            state.demand.give_up(name)
         added = subscribe - unsubscribe - {"*"}
-        self._subscribe(state, added)
-        state.again |= added
+        self._subscribe(state.demand, added)
         state.owed = state.owed or bool(added)
 
-    def offer(self, snapshot: Snapshot) -> None:
-        """The mesh is now `snapshot`; offers that were not taken yet are passed over."""
-        self._snapshot = snapshot
+    def take(self, now: float) -> list[Response]:
+        """Responses that are due, in the order in which they must be sent.
 
-    def take(self, now: float) -> list[pb.DeltaDiscoveryResponse]:
-        """Responses that are due, in the order in which they must be sent."""
-        snapshot = self._snapshot
-        if snapshot is None:
-            return []
+        Raises:
+            FellBehindError: it is not known any longer what the client lacks.
+        """
         if not self._settled:
             if self.deadline is None or now < self.deadline:
                 return []
             self._settled, self.deadline = True, None
         policies, addresses = self._types.get(AUTHORIZATION), self._types.get(ADDRESS)
-        responses: list[pb.DeltaDiscoveryResponse] = []
+        responses: list[Response] = []
         late: list[str] = []
         if policies is not None:
-            changed, late = self._wildcard(policies, snapshot.policies)
-            if changed or (policies.owed and not late):
-                responses.append(
-                    self._response(
-                        policies, [_resource(AUTHORIZATION, snapshot.policies[name]) for name in changed], []
-                    )
-                )
+            resources, late = self._wildcard(policies)
+            if resources or (policies.owed and not late):
+                responses.append(self._response(policies, resources, []))
         if addresses is not None:
-            if addresses.wildcard:
-                changed, removed = self._wildcard(addresses, snapshot.addresses)
-                resources = [_resource(ADDRESS, snapshot.addresses[name]) for name in changed]
-            else:
-                resources, removed = self._on_demand(addresses, snapshot)
+            resources, removed = self._wildcard(addresses) if addresses.wildcard else self._on_demand(addresses)
             if resources or removed or addresses.owed:
                 responses.append(self._response(addresses, resources, removed))
         if policies is not None and late:
             responses.append(self._response(policies, [], late))
         return responses
 
-    def _wildcard(self, state: _Type, entries: Mapping[str, Entry]) -> tuple[list[str], list[str]]:
-        if state.base is entries:
-            return [], []
-        if state.base is not None:
-            found = difference(state.base, entries)
-            changed, removed = list(found.changed), list(found.removed)
+    def _wildcard(self, state: _Type) -> tuple[list[bytes], list[str]]:
+        collection = self._catalog.of[state.url]
+        entries = collection.entries
+        if state.held is not None:
+            held = state.held
+            resources = [item.wire for name, item in entries.items() if held.get(name) != item.version]
+            removed = [name for name in held if name not in entries]
+            state.held = None
         else:
-            changed = [name for name, item in entries.items() if state.sent.get(name) != item.version]
-            removed = [name for name in state.sent if name not in entries]
-            state.sent = {}
-        state.base = entries
-        return changed, removed
-
-    def _on_demand(self, state: _Type, snapshot: Snapshot) -> tuple[list[pb.Resource], list[str]]:
-        """What was asked for, under its canonical name and under the name that was asked.
-
-        A ztunnel that waits for an address wakes up by the resource's name only.
-        """
-        wanted: dict[str, Entry] = {}
-        missing: list[str] = []
-        for asked in sorted(state.asked):
-            names = snapshot.resolve(asked)
-            if not names:
-                if asked in state.again or asked in state.sent or state.owed:
-                    missing.append(asked)
-                continue
-            for name in names:
-                wanted[name] = snapshot.addresses[name]
-            wanted[asked] = snapshot.addresses[names[0]]
-        for name in snapshot.by_node.get(self._node, ()) if self._node else ():
-            wanted[name] = snapshot.addresses[name]
-        resources: list[pb.Resource] = []
-        for name, item in wanted.items():
-            if state.sent.get(name) != item.version or name in state.again:
-                resources.append(_resource(ADDRESS, item, name=name, aliases=True))
-                state.sent[name] = item.version
-        gone = [name for name in state.sent if name not in wanted]
-        removed = sorted({*missing, *(name for name in gone if name not in snapshot.addresses)})
-        for name in gone:
-            # Still there, but nobody asks for it any longer: the client may keep it, without news of it.
-            del state.sent[name]
-        state.again.clear()
+            names = self._since(state)
+            resources = [entries[name].wire for name in names if name in entries]
+            removed = [name for name in names if name not in entries]
+        state.number = self._catalog.number
         return resources, removed
 
-    def _response(self, state: _Type, resources: list[pb.Resource], removed: list[str]) -> pb.DeltaDiscoveryResponse:
+    def _since(self, state: _Type) -> list[str]:
+        if state.number == self._catalog.number:
+            return []
+        names = self._catalog.of[state.url].since(state.number)
+        if names is None:
+            raise FellBehindError("too much changed since the last answer was taken; connect again")
+        return names
+
+    def _on_demand(self, state: _Type) -> tuple[list[bytes], list[str]]:
+        assert state.demand is not None
+        changed = self._since(state) if state.number >= 0 else []
+        state.number = self._catalog.number
+        return state.demand.answer(changed)
+
+    def _response(self, state: _Type, resources: list[bytes], removed: list[str]) -> Response:
         self._counter += 1
         state.nonce = f"{self._stream_id}-{self._counter}"
         state.owed = False
-        number = self._snapshot.number if self._snapshot is not None else 0
-        return pb.DeltaDiscoveryResponse(
-            system_version_info=str(number),
+        head = pb.DeltaDiscoveryResponse(
+            system_version_info=str(self._catalog.number),
             type_url=state.url,
             nonce=state.nonce,
-            resources=resources,
             removed_resources=removed,
+        )
+        # Fields of a message may come in any order, so resources that were encoded once are appended as they are.
+        data = b"".join((head.SerializeToString(), *resources))
+        return Response(
+            type_url=state.url, nonce=state.nonce, data=data, resources=len(resources), removed=len(removed)
         )
 
     def describe(self) -> dict[str, object]:
@@ -255,8 +252,9 @@ class Subscriber:
         return {
             url: {
                 "wildcard": state.wildcard,
-                "names": sorted(state.asked),
-                "has": len(state.base if state.base is not None else state.sent),
+                "names": sorted(state.demand.asked) if state.demand is not None else [],
+                "has": len(state.demand.sent if state.demand is not None else self._catalog.of[url].entries),
+                "number": state.number,
                 "acknowledged": bool(state.nonce) and state.acknowledged == state.nonce,
                 "rejected": self.rejections[url].message if url in self.rejections else None,
             }
@@ -264,8 +262,95 @@ class Subscriber:
         }
 
 
-def _resource(url: str, item: Entry, *, name: str | None = None, aliases: bool = False) -> pb.Resource:
-    resource = pb.Resource(name=name or item.name, version=item.version, aliases=item.aliases if aliases else ())
-    resource.resource.type_url = url
-    resource.resource.value = item.body
-    return resource
+class World:
+    """The state machine of a stream of the older form: every response lists all that the client wants of a type.
+
+    Such a client cannot be told what is gone, so it gets everything again after each change.
+    """
+
+    def __init__(self, stream_id: str, catalog: Catalog) -> None:
+        self._stream_id = stream_id
+        self._catalog = catalog
+        self._counter = 0
+        self._types: dict[str, _WorldType] = {}
+        self.deadline: float | None = None
+        self.rejections: dict[str, Rejection] = {}
+
+    def request(self, message: pb.DiscoveryRequest, now: float) -> Rejection | None:
+        """Take in a request; as `Subscriber.request`."""
+        del now
+        url = message.type_url
+        if url not in (ADDRESS, AUTHORIZATION):
+            return None
+        names = frozenset(message.resource_names)
+        if len(names) > MAX_NAMES or any(len(name) > MAX_NAME_LENGTH for name in names):
+            raise TooManyNamesError(f"more than {MAX_NAMES} names, or a name over {MAX_NAME_LENGTH} characters")
+        state = self._types.get(url)
+        if state is None:
+            self._types[url] = _WorldType(url, names)
+            return None
+        if message.response_nonce and message.response_nonce != state.nonce:
+            return None  # about a response that another one has followed
+        rejection = None
+        if message.HasField("error_detail"):
+            text = message.error_detail.message[:2000]
+            rejection = self.rejections[url] = Rejection(type_url=url, nonce=message.response_nonce, message=text)
+        elif message.response_nonce:
+            state.acknowledged = state.nonce
+            self.rejections.pop(url, None)
+        if names != state.names:
+            state.names, state.number = names, -1
+        return rejection
+
+    def take(self, now: float) -> list[Response]:
+        """Responses that are due; policies before addresses."""
+        del now
+        found = (self._types.get(url) for url in (AUTHORIZATION, ADDRESS))
+        return [response for state in found if state is not None and (response := self._due(state)) is not None]
+
+    def _due(self, state: _WorldType) -> Response | None:
+        collection, number = self._catalog.of[state.url], self._catalog.number
+        if state.number == number:
+            return None
+        changed = collection.since(state.number) if state.number >= 0 else None
+        state.number = number
+        if changed is not None and not changed:
+            return None
+        self._counter += 1
+        state.nonce = f"{self._stream_id}-{self._counter}"
+        entries = collection.entries.values()
+        if state.names and "*" not in state.names:
+            wanted = dict.fromkeys(found for name in sorted(state.names) for found in self._resolve(state.url, name))
+            entries = {name: collection.entries[name] for name in wanted}.values()
+        head = pb.DiscoveryResponse(version_info=str(number), type_url=state.url, nonce=state.nonce)
+        data = b"".join((head.SerializeToString(), *(item.any(state.url) for item in entries)))
+        return Response(type_url=state.url, nonce=state.nonce, data=data, resources=len(entries), removed=0)
+
+    def _resolve(self, url: str, name: str) -> tuple[str, ...]:
+        if url == ADDRESS:
+            return self._catalog.resolve(name)
+        return (name,) if name in self._catalog.policies else ()
+
+    def describe(self) -> dict[str, object]:
+        """For the debug pages."""
+        return {
+            url: {
+                "wildcard": not state.names,
+                "names": sorted(state.names),
+                "has": len(self._catalog.of[url].entries),
+                "number": state.number,
+                "acknowledged": bool(state.nonce) and state.acknowledged == state.nonce,
+                "rejected": self.rejections[url].message if url in self.rejections else None,
+            }
+            for url, state in self._types.items()
+        }
+
+
+@attrs.define
+class _WorldType:
+    url: str
+    names: frozenset[str]
+    """None: everything."""
+    number: int = -1
+    nonce: str = ""
+    acknowledged: str = ""

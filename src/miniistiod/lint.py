@@ -5,7 +5,10 @@ from __future__ import annotations
 import ipaddress
 from typing import TYPE_CHECKING
 
+from miniistiod import conditions, services
+from miniistiod.resources.binding import WAYPOINT_BOUND
 from miniistiod.resources.findings import Finding, Severity
+from miniistiod.resources.model import AuthorizationPolicy, WorkloadEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +22,7 @@ __all__ = ["findings"]
 def findings(registry: Registry, trust_domain: str | None) -> list[Finding]:
     """Everything that is wrong between documents; principals are looked at when the mesh's trust domain is known."""
     principals = () if trust_domain is None else _foreign_principals(registry, trust_domain)
-    return [*_lost_hosts(registry), *_shared_addresses(registry), *principals]
+    return [*_lost_hosts(registry), *_shared_addresses(registry), *_waypoints(registry), *principals]
 
 
 def _warning(meta: Metadata, what: str, fix: str) -> Finding:
@@ -27,21 +30,24 @@ def _warning(meta: Metadata, what: str, fix: str) -> Finding:
 
 
 def _lost_hosts(registry: Registry) -> Iterator[Finding]:
-    for item, host, winner in registry.losers:
-        yield _warning(
-            item.meta,
-            f"ServiceEntry {item.meta.namespace}/{item.meta.name} is not used for {host}, which {winner.kind}"
-            f" {winner.name} ({winner.path}:{winner.line}) has already",
-            "keep one of them",
-        )
+    for name in registry.contested():
+        winner, *others = registry.claimants(name)
+        for item in others:
+            owner = winner.meta
+            yield _warning(
+                item.meta,
+                f"{item.meta.kind} {item.meta.namespace}/{item.meta.name} is not used for {name.partition('/')[2]},"
+                f" which {owner.kind} {owner.name} ({owner.path}:{owner.line}) has already",
+                "keep one of them",
+            )
 
 
 def _shared_addresses(registry: Registry) -> Iterator[Finding]:
     seen: dict[tuple[str, object], Metadata] = {}
-    for item in registry.workloads:
-        address = item.endpoint.address
-        if isinstance(address, str):
+    for item in registry.documents.values():
+        if not isinstance(item, WorkloadEntry) or isinstance(item.endpoint.address, str):
             continue
+        address = item.endpoint.address
         key = (item.endpoint.network or registry.network, address)
         other = seen.setdefault(key, item.meta)
         if other is not item.meta:
@@ -53,7 +59,7 @@ def _shared_addresses(registry: Registry) -> Iterator[Finding]:
             )
     taken: dict[object, Metadata] = {}
     for model in registry.services.values():
-        for vip in registry.service_addresses(model):
+        for vip in services.addresses(registry, model):
             if not isinstance(vip, ipaddress.IPv4Address | ipaddress.IPv6Address):
                 continue
             other = taken.setdefault(vip, model.source.meta)
@@ -65,9 +71,22 @@ def _shared_addresses(registry: Registry) -> Iterator[Finding]:
                 )
 
 
+def _waypoints(registry: Registry) -> Iterator[Finding]:
+    """Objects that ask for a waypoint and have none, or not the one that they ask for."""
+    for item in registry.documents.values():
+        for condition in conditions.conditions_of(registry, item):
+            if condition.type == WAYPOINT_BOUND and not condition.ok:
+                meta = item.meta
+                yield _warning(
+                    meta,
+                    f"{meta.kind} {meta.namespace}/{meta.name}: {condition.reason}, {condition.text}",
+                    "connections go past that waypoint until this is mended",
+                )
+
+
 def _foreign_principals(registry: Registry, trust_domain: str) -> Iterator[Finding]:
-    for policy in registry.policies:
-        for rule in policy.rules:
+    for policy in registry.documents.values():
+        for rule in policy.rules if isinstance(policy, AuthorizationPolicy) else ():
             for match in (match for clause in rule.clauses for match in clause):
                 for value in (*match.principals.values, *match.principals.not_values):
                     domain, slash, _ = value.partition("/")

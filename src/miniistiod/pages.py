@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from ztunnel.wire import authorization_pb2, workload_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from hbone.daemon.http import App, Receive, Scope, Send
     from miniistiod.api import Api
@@ -46,8 +46,11 @@ def monitoring_app(mesh: Mesh, metrics: Metrics, refresh: Callable[[], None]) ->
 
 def admin_app(mesh: Mesh, store: Store, api: Api) -> App:
     """Debug pages as JSON, for `miniistiod get` and for people."""
+    async def ready() -> Any:
+        return {**mesh.status.to_json(), "warnings": list(await mesh.warnings())}
+
+    slow: dict[str, Callable[[], Awaitable[Any]]] = {"/ready": ready, "/conditions": mesh.conditions}
     pages: dict[str, Callable[[], Any]] = {
-        "/ready": lambda: {**mesh.status.to_json(), "warnings": list(mesh.status.warnings)},
         "/workloads": lambda: _addresses(mesh, "workload"),
         "/services": lambda: _addresses(mesh, "service"),
         "/policies": lambda: _policies(mesh),
@@ -58,20 +61,22 @@ def admin_app(mesh: Mesh, store: Store, api: Api) -> App:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         del receive
-        page = pages.get(scope["path"])
+        path = scope["path"]
         if scope["method"] != "GET":
             await _respond(send, 405, "only GET is answered here\n", "text/plain")
-        elif page is None:
-            await _respond(send, 404, f"there are {' '.join(sorted(pages))}\n", "text/plain")
+        elif path in slow:
+            await _json(send, await slow[path](), 200)
+        elif path in pages:
+            await _json(send, pages[path](), 200)
         else:
-            await _json(send, page(), 200)
+            await _respond(send, 404, f"there are {' '.join(sorted((*pages, *slow)))}\n", "text/plain")
 
     return app
 
 
 def _addresses(mesh: Mesh, kind: str) -> list[Any]:
     found = []
-    for name, item in sorted(mesh.snapshot.addresses.items()):
+    for name, item in sorted(mesh.catalog.addresses.items()):
         message = workload_pb2.Address.FromString(item.body)
         if message.WhichOneof("type") == kind:
             body = json_format.MessageToDict(getattr(message, kind))
@@ -86,7 +91,7 @@ def _policies(mesh: Mesh) -> list[Any]:
             "version": item.version,
             "policy": json_format.MessageToDict(authorization_pb2.Authorization.FromString(item.body)),
         }
-        for name, item in sorted(mesh.snapshot.policies.items())
+        for name, item in sorted(mesh.catalog.policies.items())
     ]
 
 
@@ -101,7 +106,7 @@ def _subscribers(api: Api) -> list[Any]:
             "since": stream.since,
             "types": stream.subscriber.describe(),
         }
-        for stream in api.streams.values()
+        for stream in api.discovery.streams.values()
     ]
 
 

@@ -19,19 +19,26 @@ from miniistiod.resources.model import (
 from ztunnel.wire import authorization_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from miniistiod.resources.reader import IpNetwork
+    from miniistiod.resources.reader import IpInterface
 
-__all__ = ["STATIC_STRICT", "PeerAuthentications", "authorization"]
+__all__ = ["STATIC_STRICT", "PeerAuthentications", "authorization", "is_layer_4"]
 
 STATIC_STRICT = "istio_converted_static_strict"
 """Denies every peer without an identity. The underscores keep it apart from names of documents."""
 
 
-def authorization(policy: AuthorizationPolicy, root_namespace: str) -> pb.Authorization:
-    """An AuthorizationPolicy on the wire."""
+def authorization(policy: AuthorizationPolicy, root_namespace: str) -> pb.Authorization | None:
+    """An AuthorizationPolicy on the wire; None when it is not a ztunnel's to enforce.
+
+    Of rules about requests an ALLOW policy loses the whole rule, and a DENY policy the fields, as Istio does it.
+    Neither is what was written: documents with such rules are refused before this.
+    """
     meta = policy.meta
+    if not is_layer_4(policy):
+        return None
+    deny = policy.action is Action.DENY
     if policy.selector is not None:
         scope = pb.WORKLOAD_SELECTOR
     elif meta.namespace == root_namespace:
@@ -42,12 +49,18 @@ def authorization(policy: AuthorizationPolicy, root_namespace: str) -> pb.Author
         name=meta.name,
         namespace=meta.namespace,
         scope=scope,
-        action=pb.DENY if policy.action is Action.DENY else pb.ALLOW,
+        action=pb.DENY if deny else pb.ALLOW,
         rules=[
             pb.Rule(clauses=[pb.Clause(matches=[_match(match) for match in clause]) for clause in rule.clauses])
             for rule in policy.rules
+            if deny or not rule.requests
         ],
     )
+
+
+def is_layer_4(policy: AuthorizationPolicy) -> bool:
+    """Whether a policy is a ztunnel's to enforce."""
+    return not policy.targets and not policy.dry_run and policy.action.layer_4
 
 
 def _match(match: Match) -> pb.Match:
@@ -81,8 +94,8 @@ def _string(value: str) -> pb.StringMatch:
     return pb.StringMatch(exact=value)
 
 
-def _networks(values: Iterable[IpNetwork]) -> list[pb.Address]:
-    return [pb.Address(address=value.network_address.packed, length=value.prefixlen) for value in values]
+def _networks(values: Iterable[IpInterface]) -> list[pb.Address]:
+    return [pb.Address(address=value.packed, length=value.network.prefixlen) for value in values]
 
 
 def _accounts(values: Iterable[tuple[str, str]]) -> list[pb.ServiceAccountMatch]:
@@ -95,17 +108,30 @@ _ANONYMOUS = pb.Match(not_principals=[pb.StringMatch(presence=Empty())])
 class PeerAuthentications:
     """Which workloads refuse plaintext, resolved by inheritance: workload, else namespace, else mesh."""
 
-    def __init__(self, oldest_first: Iterable[PeerAuthentication], root_namespace: str) -> None:
+    def __init__(self, root_namespace: str) -> None:
         self._root_namespace = root_namespace
         self._namespaces: dict[str, PeerAuthentication] = {}
         self._workloads: dict[str, list[PeerAuthentication]] = {}
-        self._any = False
+        self._present: set[str] = set()
+
+    def replace(self, namespace: str, oldest_first: Sequence[PeerAuthentication]) -> None:
+        """From now on these are all of a namespace."""
+        self._namespaces.pop(namespace, None)
+        self._workloads.pop(namespace, None)
+        self._present.discard(namespace)
         for item in oldest_first:
-            self._any = True
+            self._present.add(namespace)
             if not item.selector:
-                self._namespaces.setdefault(item.meta.namespace, item)
-            elif item.meta.namespace != root_namespace:
-                self._workloads.setdefault(item.meta.namespace, []).append(item)
+                # Istio takes an empty selector for none, except in the root namespace.
+                if item.selector is None or namespace != self._root_namespace:
+                    self._namespaces.setdefault(namespace, item)
+            elif namespace != self._root_namespace:
+                self._workloads.setdefault(namespace, []).append(item)
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one at all; without, the mesh takes plaintext and nothing is sent."""
+        return bool(self._present)
 
     def _inherited(self, namespace: str) -> MtlsMode:
         for scope in (namespace, self._root_namespace):
@@ -119,7 +145,7 @@ class PeerAuthentications:
 
     def names_for(self, namespace: str, labels: Mapping[str, str]) -> list[str]:
         """Names of the converted policies that a workload must refer to."""
-        if not self._any:
+        if not self.any:
             return []
         chosen = next(
             (
@@ -134,17 +160,21 @@ class PeerAuthentications:
         mode = self._inherited(namespace) if chosen is None else self._mode(chosen)
         return [f"{self._root_namespace}/{STATIC_STRICT}"] if mode is MtlsMode.STRICT else []
 
-    def converted(self) -> Iterable[pb.Authorization]:
-        """The policies that stand for the documents."""
-        if self._any:
-            yield _denial(self._root_namespace, STATIC_STRICT, [pb.Rule(clauses=[pb.Clause(matches=[_ANONYMOUS])])])
-        for namespace, items in self._workloads.items():
-            for item in items:
-                mode = self._mode(item)
-                ports = _exceptions(item, mode)
-                if ports:
-                    rules = _rules(ports, strict=mode is MtlsMode.STRICT, own=item.mode is MtlsMode.STRICT)
-                    yield _denial(namespace, _converted_name(item), rules)
+    def static(self) -> pb.Authorization | None:
+        """The policy that denies every peer without identity, for those that refer to it."""
+        if not self.any:
+            return None
+        rules = [pb.Rule(clauses=[pb.Clause(matches=[_ANONYMOUS])])]
+        return _denial(self._root_namespace, STATIC_STRICT, rules)
+
+    def converted(self, namespace: str) -> Iterable[pb.Authorization]:
+        """The policies that stand for the documents of a namespace."""
+        for item in self._workloads.get(namespace, ()):
+            mode = self._mode(item)
+            ports = _exceptions(item, mode)
+            if ports:
+                rules = _rules(ports, strict=mode is MtlsMode.STRICT, own=item.mode is MtlsMode.STRICT)
+                yield _denial(namespace, _converted_name(item), rules)
 
 
 def _converted_name(item: PeerAuthentication) -> str:

@@ -1,4 +1,7 @@
-"""Documents -> the mesh as ztunnels see it. One pure function, `build`.
+"""Documents -> the mesh as ztunnels see it. The whole conversion is one pure function, `convert`.
+
+A `Registry` does the same step by step: it keeps the documents indexed by what refers to them, so that a change costs
+what it touches, and gives the same result as converting everything again.
 
 Source: Istio's ambient index (names, fields and precedence). Where istiod has a defect, this follows the evident
 intent: a selector never selects what has no labels, an endpoint's network is its own, and PeerAuthentication is
@@ -8,57 +11,41 @@ resolved by inheritance first.
 from __future__ import annotations
 
 import datetime
-import ipaddress
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from miniistiod import policies, vips
+from miniistiod import policies, services, workloads
+from miniistiod.catalog import AUTHORIZATION, Catalog, Entry, Plan, entry
+from miniistiod.index import LabelIndex, SelectorIndex
+from miniistiod.resources.binding import Key, bind, instance_of
 from miniistiod.resources.model import (
     AuthorizationPolicy,
-    Endpoint,
+    EndpointSlice,
+    Gateway,
+    GatewayClass,
     KubernetesService,
-    Metadata,
+    MeshConfig,
     Namespace,
     PeerAuthentication,
-    Resolution,
     Resource,
     ServiceEntry,
-    ServicePort,
+    Visibility,
     WorkloadEntry,
 )
-from miniistiod.resources.networking import REDIRECTION_ANNOTATION, TRAFFIC_DISTRIBUTION, TUNNEL_LABEL
-from miniistiod.snapshot import EMPTY, Entry, Snapshot, entry
-from ztunnel.wire import workload_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from miniistiod.resources import ResourceSet
-    from miniistiod.resources.reader import IpAddress, IpNetwork
+    from miniistiod.resources.binding import Binding, Traffic
+    from miniistiod.resources.model import Metadata
+    from ztunnel.wire.workload_pb2 import GatewayAddress
 
-__all__ = ["HboneMark", "Inputs", "Registry", "build", "vip_needs", "workload_uid"]
+__all__ = ["HboneMark", "Inputs", "Registry", "ServiceModel", "convert"]
 
-_NETWORK_LABEL = "topology.istio.io/network"
-_AUTOALLOCATE_LABEL = "networking.istio.io/enable-autoallocate-ip"
-_GROUP_ANNOTATION = "istio.io/autoRegistrationGroup"
+NETWORK_LABEL = "topology.istio.io/network"
 _LAST = datetime.datetime.max.replace(tzinfo=datetime.UTC)
-
-_APP_PROTOCOLS = {
-    "http": pb.HTTP11,
-    "http2": pb.HTTP2,
-    "h2c": pb.HTTP2,
-    "grpc": pb.GRPC,
-    "tls": pb.TLS,
-    "https": pb.TLS,
-    "tcp": pb.TCP,
-}
-_CLOSE = (pb.LoadBalancing.NETWORK, pb.LoadBalancing.REGION, pb.LoadBalancing.ZONE)
-_PREFERENCES = {
-    "preferclose": _CLOSE,
-    "prefersamezone": _CLOSE,
-    "prefersamenode": (*_CLOSE, pb.LoadBalancing.SUBZONE, pb.LoadBalancing.NODE),
-}
 
 
 @attrs.frozen(kw_only=True)
@@ -82,7 +69,7 @@ class Inputs:
     """By namespace and name of the WorkloadEntry."""
     vips: Mapping[tuple[str, str], int] = attrs.Factory(dict)
     """By namespace and host."""
-    first_seen: Mapping[tuple[str, str, str], datetime.datetime] = attrs.Factory(dict)
+    first_seen: Mapping[Key, datetime.datetime] = attrs.Factory(dict)
     """When a document was first seen, by kind, namespace and name; for those without creationTimestamp."""
 
 
@@ -92,6 +79,7 @@ class ServiceModel:
 
     source: ServiceEntry | KubernetesService
     host: str
+    visibility: Visibility = Visibility.PUBLIC
 
     @property
     def name(self) -> str:
@@ -99,334 +87,431 @@ class ServiceModel:
         return f"{self.source.meta.namespace}/{self.host}"
 
 
-R = TypeVar("R", bound=Resource)
-T = TypeVar("T")
+@attrs.define
+class _Dirty:
+    """What must be made again."""
+
+    objects: dict[Key, None] = attrs.Factory(dict)
+    """WorkloadEntries, ServiceEntries (their endpoints), EndpointSlices, AuthorizationPolicies."""
+    hosts: dict[str, None] = attrs.Factory(dict)
+    """`namespace/host` of which the owner may be another."""
+    services: dict[str, None] = attrs.Factory(dict)
+    selectors: list[tuple[str | None, Mapping[str, str]]] = attrs.Factory(list)
+    """Whatever these select."""
+    peers: dict[str, None] = attrs.Factory(dict)
+    """Namespaces with other PeerAuthentications."""
+    gateways: bool = False
+    everything: bool = False
 
 
-class SelectorIndex(Generic[T]):
-    """Things by the labels that they select; a look-up costs what matches, not what exists."""
-
-    def __init__(self) -> None:
-        self._by_label: dict[tuple[str, str, str], list[tuple[Mapping[str, str], T]]] = {}
-
-    def add(self, namespace: str, selector: Mapping[str, str], thing: T) -> None:
-        """Enter a thing by one of its labels; the others are compared at look-up."""
-        key, value = min(selector.items())
-        self._by_label.setdefault((namespace, key, value), []).append((selector, thing))
-
-    def selecting(self, namespace: str, labels: Mapping[str, str]) -> list[T]:
-        """Things of a namespace whose selector is a part of `labels`."""
-        return [
-            thing
-            for key, value in labels.items()
-            for selector, thing in self._by_label.get((namespace, key, value), ())
-            if all(labels.get(name) == wanted for name, wanted in selector.items())
-        ]
+def convert(resources: ResourceSet, inputs: Inputs | None = None) -> Catalog:
+    """The mesh of a set of documents."""
+    return Registry.of(resources, inputs).catalog
 
 
 class Registry:
-    """The documents of a mesh, indexed; `build` makes the snapshot of it."""
+    """The documents of a mesh, and what refers to what among them."""
 
-    def __init__(self, resources: ResourceSet, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, catalog: Catalog | None = None) -> None:
         self.inputs = inputs
-        self.root_namespace = resources.mesh.root_namespace
-        self.namespaces = {item.meta.name: item for item in resources.of(Namespace)}
-        self.workloads = resources.of(WorkloadEntry)
-        root = self.namespaces.get(self.root_namespace)
-        self.network = root.meta.labels.get(_NETWORK_LABEL, "") if root else ""
-        self.policies = resources.of(AuthorizationPolicy)
-        self.peer_authentication = policies.PeerAuthentications(
-            self.by_age(resources.of(PeerAuthentication)), self.root_namespace
+        self.catalog = catalog or Catalog()
+        self.mesh = MeshConfig()
+        self.documents: dict[Key, Resource] = {}
+        self.services: dict[str, ServiceModel] = {}
+        """Owners of hosts, by `namespace/host`."""
+        self.network = ""
+        self.ways: dict[str, GatewayAddress] = {}
+        """How other networks are reached."""
+        self.peers = policies.PeerAuthentications(self.mesh.root_namespace)
+        self._claims: dict[str, dict[Key, None]] = {}
+        """`namespace/host` to the documents that want it."""
+        self._hosts: dict[str, dict[str, None]] = {}
+        """Host to the services of that name in all namespaces."""
+        self._labels = LabelIndex[Key]()
+        self._service_selectors = SelectorIndex[str]()
+        self._policy_selectors = SelectorIndex[str]()
+        self._members: dict[str, dict[Key, None]] = {}
+        """Namespace to its Services and EndpointSlices; LabelIndex has the others."""
+        self._peer_documents: dict[str, dict[Key, None]] = {}
+        self._slices: dict[tuple[str, str], dict[Key, None]] = {}
+        """Namespace and name of a Service to its EndpointSlices."""
+        self._gateways: dict[Key, None] = {}
+        self._users: dict[tuple[str, str], dict[Key, None]] = {}
+        """Gateway to what depends on it."""
+        self._asked: dict[Key, tuple[tuple[str, str], ...]] = {}
+        self._on_network: dict[str, dict[Key, None]] = {}
+        self._made: dict[Key, tuple[str, ...]] = {}
+        """Resource names of the documents that make any number of them."""
+
+    @classmethod
+    def of(cls, resources: ResourceSet, inputs: Inputs | None = None) -> Registry:
+        """A set of documents and, in `catalog`, what it is converted to."""
+        registry = cls(inputs or Inputs())
+        documents = {item.meta.key: item for item in resources.resources}
+        registry.catalog.apply(registry.change(documents, mesh=resources.mesh))
+        return registry
+
+    # -- changes
+
+    def change(
+        self,
+        changed: Mapping[Key, Resource],
+        removed: Iterable[Key] = (),
+        *,
+        mesh: MeshConfig | None = None,
+        vips: Mapping[tuple[str, str], int] | None = None,
+        touched: Iterable[Key] = (),
+    ) -> Plan:
+        """Take other documents, settings or inputs, and say what differs from the catalog, which is left alone.
+
+        Args:
+            changed: new and different documents.
+            removed: keys of documents that are gone.
+            mesh: new settings, or None.
+            vips: new automatic addresses, or None.
+            touched: keys of documents whose mark or age is another now.
+        """
+        dirty = _Dirty()
+        if mesh is not None and mesh != self.mesh:
+            if mesh.root_namespace != self.mesh.root_namespace:
+                self.peers = policies.PeerAuthentications(mesh.root_namespace)
+                dirty.peers.update(dict.fromkeys(self._peer_documents))
+            self.mesh = mesh
+            dirty.everything = True
+        if vips is not None:
+            old, self.inputs = self.inputs.vips, attrs.evolve(self.inputs, vips=vips)
+            for place in old.keys() | vips.keys():
+                if old.get(place) != vips.get(place):
+                    dirty.services[f"{place[0]}/{place[1]}"] = None
+        for key in touched:
+            self._touch(key, dirty)
+        for key in removed:
+            self._replace(key, None, dirty)
+        for key, item in changed.items():
+            self._replace(key, item, dirty)
+        return self._make(dirty)
+
+    def _replace(self, key: Key, new: Resource | None, dirty: _Dirty) -> None:
+        old = self.documents.pop(key, None)
+        for item, add in ((old, False), (new, True)):
+            if isinstance(item, WorkloadEntry | ServiceEntry):
+                self._index_labelled(item, add, dirty)
+            elif isinstance(item, KubernetesService):
+                _member(self._members, item.meta.namespace, key, add)
+                self._claim(item, add, dirty)
+            elif isinstance(item, EndpointSlice):
+                _member(self._members, item.meta.namespace, key, add)
+                _member(self._slices, (item.meta.namespace, item.service), key, add)
+                dirty.objects[key] = None
+            elif isinstance(item, AuthorizationPolicy):
+                self._index_policy(item, add, dirty)
+            elif isinstance(item, PeerAuthentication):
+                _member(self._peer_documents, item.meta.namespace, key, add)
+                dirty.peers[item.meta.namespace] = None
+            elif isinstance(item, Gateway):
+                _change(self._gateways, key, add)
+                dirty.gateways = True
+                dirty.objects.update(self._users.get((item.meta.namespace, item.meta.name), {}))
+                self._touch_network(item.meta.labels.get(NETWORK_LABEL), dirty)
+            elif isinstance(item, Namespace):
+                self._touch_namespace(item.meta.name, dirty)
+            elif isinstance(item, GatewayClass):
+                dirty.everything = True
+        if new is not None:
+            self.documents[key] = new
+
+    def _index_labelled(self, item: WorkloadEntry | ServiceEntry, add: bool, dirty: _Dirty) -> None:
+        meta = item.meta
+        if isinstance(item, WorkloadEntry):
+            labels: Mapping[str, str] = item.labels
+            networks = {item.endpoint.network}
+        else:
+            labels = meta.labels
+            networks = {endpoint.network for endpoint in item.endpoints}
+            self._claim(item, add, dirty)
+        (self._labels.put if add else self._labels.drop)(meta.namespace, labels, meta.key)
+        for network in networks:
+            if network:
+                _member(self._on_network, network, meta.key, add)
+        dirty.objects[meta.key] = None
+
+    def _claim(self, item: ServiceEntry | KubernetesService, add: bool, dirty: _Dirty) -> None:
+        for host in services.hosts(item, self.inputs.cluster_domain):
+            name = f"{item.meta.namespace}/{host}"
+            _member(self._claims, name, item.meta.key, add)
+            dirty.hosts[name] = None
+
+    def _index_policy(self, item: AuthorizationPolicy, add: bool, dirty: _Dirty) -> None:
+        meta = item.meta
+        dirty.objects[meta.key] = None
+        if item.selector and policies.is_layer_4(item):
+            change = self._policy_selectors.put if add else self._policy_selectors.drop
+            change(meta.namespace, item.selector, f"{meta.namespace}/{meta.name}")
+            everywhere = meta.namespace == self.mesh.root_namespace
+            dirty.selectors.append((None if everywhere else meta.namespace, item.selector))
+
+    def _touch_namespace(self, name: str, dirty: _Dirty) -> None:
+        """Whatever is in a namespace may inherit something else from it."""
+        if name == self.mesh.root_namespace:
+            dirty.everything = True  # it names the network of all
+        for key in (*self._labels.of(name), *self._members.get(name, ())):
+            self._touch(key, dirty)
+
+    def _touch(self, key: Key, dirty: _Dirty) -> None:
+        item = self.documents.get(key)
+        if isinstance(item, ServiceEntry | KubernetesService):
+            for host in services.hosts(item, self.inputs.cluster_domain):
+                name = f"{item.meta.namespace}/{host}"
+                dirty.hosts[name] = dirty.services[name] = None
+        if not isinstance(item, KubernetesService):
+            dirty.objects[key] = None
+
+    def _touch_network(self, network: str | None, dirty: _Dirty) -> None:
+        if network is None:
+            return
+        if network == self.network:
+            dirty.everything = True
+        dirty.objects.update(self._on_network.get(network, {}))
+
+    # -- owners of hosts
+
+    def _own(self, name: str, dirty: _Dirty) -> None:
+        """Find the owner of a host; all that depends on the old or the new one is to be made again."""
+        old = self.services.pop(name, None)
+        new = self._owner(name)
+        if new is not None:
+            self.services[name] = new
+        for model, add in ((old, False), (new, True)):
+            if model is None:
+                continue
+            _member(self._hosts, model.host, name, add)
+            selector = model.source.selector
+            if selector:
+                change = self._service_selectors.put if add else self._service_selectors.drop
+                change(model.source.meta.namespace, selector, name)
+                dirty.selectors.append((model.source.meta.namespace, selector))
+            if isinstance(model.source, ServiceEntry):
+                dirty.objects[model.source.meta.key] = None
+            else:
+                dirty.objects.update(self._slices.get((model.source.meta.namespace, model.source.meta.name), {}))
+        host = name.partition("/")[2]
+        dirty.services[name] = None
+        dirty.services.update(self._hosts.get(host, {}))
+
+    def _owner(self, name: str) -> ServiceModel | None:
+        """The owner of a host in its namespace: a Kubernetes Service, else the oldest ServiceEntry."""
+        host = name.partition("/")[2]
+        for item in self.claimants(name):
+            visibility = self.visibility(item)
+            if visibility is not Visibility.NONE:
+                return ServiceModel(source=item, host=host, visibility=visibility)
+        return None
+
+    def claimants(self, name: str) -> list[ServiceEntry | KubernetesService]:
+        """Documents that want a host, the rightful owner first."""
+        items = [self.documents[key] for key in self._claims.get(name, ())]
+        found = [item for item in items if isinstance(item, ServiceEntry | KubernetesService)]
+        return sorted(found, key=self._rank)
+
+    def contested(self) -> Iterator[str]:
+        """Hosts that more than one document wants."""
+        return (name for name, keys in self._claims.items() if len(keys) > 1)
+
+    def is_canonical(self, model: ServiceModel) -> bool:
+        """Whether a service is the one that is meant by its host in other namespaces."""
+        same = [self.services[name] for name in self._hosts[model.host]]
+        seen = [item for item in same if item.visibility is Visibility.PUBLIC]
+        first = min(
+            seen, key=lambda item: (isinstance(item.source, ServiceEntry), *self._age(item.source)), default=None
         )
-        self.entries = self.by_age(resources.of(ServiceEntry))
-        self.losers: list[tuple[ServiceEntry, str, Metadata]] = []
-        """ServiceEntries that lost a host to another document of the namespace: which, the host, to whom."""
-        self.services = self._services(self.by_age(resources.of(KubernetesService)))
-        self._policies = SelectorIndex[str]()
-        for policy in self.policies:
-            if policy.selector:
-                meta = policy.meta
-                self._policies.add(meta.namespace, policy.selector, f"{meta.namespace}/{meta.name}")
+        return first is not None and first.name == model.name
 
-    def by_age(self, items: Iterable[R]) -> list[R]:
-        """Oldest first: by creationTimestamp, else by when it was first seen; ties by path and position."""
-        seen = self.inputs.first_seen
+    def visibility(self, item: ServiceEntry | KubernetesService) -> Visibility:
+        """How far a service is seen."""
+        if isinstance(item, KubernetesService):
+            return Visibility.PUBLIC
+        home = self.namespace(item.meta.namespace)
+        known = {"kubernetes.io/metadata.name": item.meta.namespace, **(home.labels if home is not None else {})}
+        for rule in self.mesh.visibility:
+            if rule.selector.matches(known):
+                return rule.visibility
+        return self.mesh.default_visibility
 
-        def age(item: R) -> tuple[datetime.datetime, str, int]:
-            meta = item.meta
-            return (meta.created or seen.get(meta.key, _LAST), meta.path, meta.position)
+    def _rank(self, item: ServiceEntry | KubernetesService) -> tuple[bool, datetime.datetime, str, int]:
+        return (isinstance(item, ServiceEntry), *self._age(item))
 
-        return sorted(items, key=age)
+    def _age(self, item: Resource) -> tuple[datetime.datetime, str, int]:
+        """Oldest is least: by creationTimestamp, else by when it was first seen; ties by path and position."""
+        meta = item.meta
+        return (meta.created or self.inputs.first_seen.get(meta.key, _LAST), meta.path, meta.position)
 
-    def _services(self, kubernetes: list[KubernetesService]) -> dict[str, ServiceModel]:
-        """One winner for each namespace and host: a Kubernetes Service, else the oldest ServiceEntry."""
-        found: dict[str, ServiceModel] = {}
-        for service in kubernetes:
-            host = f"{service.meta.name}.{service.meta.namespace}.svc.{self.inputs.cluster_domain}"
-            model = ServiceModel(source=service, host=host)
-            found[model.name] = model
-        for item in self.entries:
-            for host in item.hosts:
-                model = ServiceModel(source=item, host=host)
-                winner = found.setdefault(model.name, model)
-                if winner is not model:
-                    self.losers.append((item, host, winner.source.meta))
+    # -- look-ups of the conversion
+
+    def namespace(self, name: str) -> Metadata | None:
+        """Labels and annotations of a namespace, when there is a document of it."""
+        found = self.documents.get(("Namespace", "", name))
+        return None if found is None else found.meta
+
+    def selecting(self, namespace: str, labels: Mapping[str, str]) -> list[ServiceModel]:
+        """Services that select labels."""
+        return [self.services[name] for name in sorted(self._service_selectors.selecting(namespace, labels))]
+
+    def policies_of(self, namespace: str, labels: Mapping[str, str]) -> list[str]:
+        """Names of the policies that a workload must refer to."""
+        chosen = [
+            name
+            for scope in {namespace, self.mesh.root_namespace}
+            for name in self._policy_selectors.selecting(scope, labels)
+        ]
+        return sorted(chosen) + self.peers.names_for(namespace, labels)
+
+    def gateways(self) -> list[Gateway]:
+        """All Gateways, oldest first."""
+        found = [item for key in self._gateways if isinstance(item := self.documents[key], Gateway)]
+        return sorted(found, key=self._age)
+
+    def bind(self, meta: Metadata, labels: Mapping[str, str], traffic: Traffic, *, user: Key, **more: Any) -> Binding:
+        """The waypoints of an object. `user` is made again when one of them changes."""
+        found = bind(meta.namespace, labels, meta.annotations, traffic, self.documents, **more)
+        if found.asked:
+            self._asked[user] = tuple(dict.fromkeys((*self._asked.get(user, ()), *found.asked)))
+            for place in found.asked:
+                self._users.setdefault(place, {})[user] = None
         return found
 
-    # -- services
+    def instance(self, meta: Metadata, labels: Mapping[str, str]) -> None:
+        """Note that a workload is an instance of a waypoint, and changes with its Gateway."""
+        place = instance_of(meta, labels)
+        if place is not None:
+            self._asked[meta.key] = (*self._asked.get(meta.key, ()), place)
+            self._users.setdefault(place, {})[meta.key] = None
 
-    def service_entries(self, previous: Mapping[str, Entry]) -> Iterable[Entry]:
-        """Services as resources."""
-        canonical: dict[str, str] = {}
-        for kind in (KubernetesService, ServiceEntry):
-            for name, model in self.services.items():
-                if isinstance(model.source, kind):
-                    canonical.setdefault(model.host, name)
-        for name, model in self.services.items():
-            message = self._service(model, canonical[model.host] == name)
-            aliases = tuple(_alias(item) for item in message.addresses)
-            yield entry(pb.Address(service=message), name, aliases=aliases, previous=previous)
+    # -- making
 
-    def _service(self, model: ServiceModel, canonical: bool) -> pb.Service:
-        source = model.source
-        message = pb.Service(
-            name=source.meta.name, namespace=source.meta.namespace, hostname=model.host, canonical=canonical
-        )
-        for address in self.service_addresses(model):
-            message.addresses.append(self._network_address(address))
-        for port in source.ports:
-            target = port.number if port.target is None else port.target
-            message.ports.append(
-                pb.Port(
-                    service_port=port.number,
-                    target_port=target if isinstance(target, int) else 0,
-                    app_protocol=_APP_PROTOCOLS.get(port.protocol.lower(), pb.UNKNOWN),
-                )
+    def _make(self, dirty: _Dirty) -> Plan:
+        had_peers = self.peers.any
+        for namespace in dirty.peers:
+            keys = self._peer_documents.get(namespace, ())
+            found = [item for key in keys if isinstance(item := self.documents[key], PeerAuthentication)]
+            self.peers.replace(namespace, sorted(found, key=self._age))
+            for key in self._labels.of(namespace):
+                dirty.objects[key] = None
+        if dirty.peers and (had_peers is not self.peers.any or self.mesh.root_namespace in dirty.peers):
+            dirty.everything = True
+        root = self.namespace(self.mesh.root_namespace)
+        label = root.labels.get(NETWORK_LABEL, "") if root is not None else ""
+        network = label if self.mesh.network is None else self.mesh.network
+        if network != self.network:
+            self.network = network
+            dirty.everything = True
+        if dirty.everything:
+            dirty.gateways = True
+            dirty.hosts.update(dict.fromkeys(self._claims))
+            dirty.peers.update(dict.fromkeys(self._peer_documents))
+            dirty.objects.update(
+                (key, None)
+                for key, item in self.documents.items()
+                if isinstance(item, WorkloadEntry | ServiceEntry | EndpointSlice | AuthorizationPolicy)
             )
-        if isinstance(source, ServiceEntry):
-            message.subject_alt_names.extend(source.subject_alt_names)
-        balancing = self._load_balancing(source)
-        if balancing is not None:
-            message.load_balancing.CopyFrom(balancing)
-        return message
+        if dirty.gateways:
+            self.ways = workloads.ways(self.gateways())
+        for name in list(dirty.hosts):
+            self._own(name, dirty)
+        for scope, selector in dirty.selectors:
+            dirty.objects.update(dict.fromkeys(self._labels.selected(scope, selector)))
+        return self._plan(dirty)
 
-    def service_addresses(self, model: ServiceModel) -> tuple[IpAddress | IpNetwork, ...]:
-        """Virtual addresses: those of the document, else allotted ones."""
-        source = model.source
-        if source.addresses:
-            return source.addresses
-        if isinstance(source, KubernetesService):
-            return ()
-        if given := tuple(address for host, address in source.status_addresses if host == model.host):
-            return given if _wants_vip(source, model.host) else ()
-        number = self.inputs.vips.get((source.meta.namespace, model.host))
-        if number is None or not _wants_vip(source, model.host):
-            return ()
-        return vips.addresses_of(number)
-
-    def _network_address(self, address: IpAddress | IpNetwork) -> pb.NetworkAddress:
-        if isinstance(address, ipaddress.IPv4Network | ipaddress.IPv6Network):
-            return pb.NetworkAddress(
-                network=self.network, address=address.network_address.packed, length=address.prefixlen
-            )
-        return pb.NetworkAddress(network=self.network, address=address.packed)
-
-    def _load_balancing(self, source: ServiceEntry | KubernetesService) -> pb.LoadBalancing | None:
-        if isinstance(source, ServiceEntry) and source.resolution is Resolution.NONE:
-            return pb.LoadBalancing(mode=pb.LoadBalancing.PASSTHROUGH, health_policy=pb.LoadBalancing.ALLOW_ALL)
-        namespace = self.namespaces.get(source.meta.namespace)
-        own = source.traffic_distribution if isinstance(source, KubernetesService) else None
-        if own not in ("PreferClose", "PreferSameZone", "PreferSameNode"):
-            own = source.meta.annotations.get(TRAFFIC_DISTRIBUTION)
-            if own is None and namespace is not None:
-                own = namespace.meta.annotations.get(TRAFFIC_DISTRIBUTION)
-        result = pb.LoadBalancing()
-        scopes = _PREFERENCES.get((own or "").lower())
-        if scopes is not None:
-            result.mode = pb.LoadBalancing.FAILOVER
-            result.routing_preference.extend(scopes)
-        if isinstance(source, KubernetesService):
-            if source.internal_local:
-                result = pb.LoadBalancing(mode=pb.LoadBalancing.STRICT, routing_preference=[pb.LoadBalancing.NODE])
-            if source.publish_not_ready:
-                result.health_policy = pb.LoadBalancing.ALLOW_ALL
-        return result if result.ByteSize() else None
-
-    # -- workloads
-
-    def workload_entries(self, previous: Mapping[str, Entry]) -> Iterable[Entry]:
-        """Workloads as resources: WorkloadEntries, then the endpoints of ServiceEntries."""
-        services = SelectorIndex[ServiceModel]()
-        for model in self.services.values():
-            if model.source.selector:
-                services.add(model.source.meta.namespace, model.source.selector, model)
-        for item in self.workloads:
-            labels = item.labels
-            chosen = services.selecting(item.meta.namespace, labels)
-            message = self._workload(item.meta, labels, item.endpoint, workload_uid(self.inputs.cluster_id, item.meta))
-            self._add_services(message, item.endpoint, chosen)
-            self._add_tunnel(message, item.meta, self.inputs.marks.get((item.meta.namespace, item.meta.name)))
-            yield self._encode(message, previous)
-        for source in self.entries:
-            yield from self._endpoints(source, previous)
-
-    def _endpoints(self, source: ServiceEntry, previous: Mapping[str, Entry]) -> Iterable[Entry]:
-        won = [
-            m for m in (self.services[f"{source.meta.namespace}/{host}"] for host in source.hosts) if m.source is source
-        ]
-        places = [(endpoint, won) for endpoint in source.endpoints]
-        if not places and source.selector is None and source.resolution in _BY_NAME:
-            places = [(Endpoint(address=model.host), [model]) for model in won]
-        if not won:
-            return
-        meta = source.meta
-        for endpoint, models in places:
-            parent = f"{self.inputs.cluster_id}/networking.istio.io/ServiceEntry/{meta.namespace}/{meta.name}"
-            uid = f"{parent}/{endpoint.address}"
-            message = self._workload(meta, meta.labels, endpoint, uid)
-            self._add_services(message, endpoint, models)
-            self._add_tunnel(message, meta, None)
-            yield self._encode(message, previous)
-
-    def _workload(self, meta: Metadata, labels: Mapping[str, str], endpoint: Endpoint, uid: str) -> pb.Workload:
-        name = meta.annotations.get(_GROUP_ANNOTATION) or labels.get("service.istio.io/workload-name") or meta.name
-        if meta.kind == "ServiceEntry":
-            name = meta.name
-        message = pb.Workload(
-            uid=uid,
-            name=meta.name,
-            namespace=meta.namespace,
-            network=endpoint.network or self.network,
-            # Istio leaves its default away, and so compares equal.
-            trust_domain="" if self.inputs.trust_domain == "cluster.local" else self.inputs.trust_domain,
-            service_account=endpoint.service_account,
-            cluster_id=self.inputs.cluster_id,
-            workload_type=pb.POD,
-            workload_name=name,
-            canonical_name=_first(labels, "service.istio.io/canonical-name", "app.kubernetes.io/name", "app") or name,
-            canonical_revision=_first(
-                labels, "service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"
-            )
-            or "latest",
-            authorization_policies=self._policies_of(meta.namespace, labels),
-        )
-        if isinstance(endpoint.address, str):
-            message.hostname = endpoint.address
-        else:
-            message.addresses.append(endpoint.address.packed)
-        if endpoint.weight:
-            message.capacity.value = endpoint.weight
-        if endpoint.locality:
-            region, zone, subzone = (*endpoint.locality.split("/"), "", "")[:3]
-            message.locality.region, message.locality.zone, message.locality.subzone = region, zone, subzone
-        return message
-
-    def _policies_of(self, namespace: str, labels: Mapping[str, str]) -> list[str]:
-        scopes = {namespace, self.root_namespace}
-        chosen = [name for scope in scopes for name in self._policies.selecting(scope, labels)]
-        return sorted(chosen) + self.peer_authentication.names_for(namespace, labels)
-
-    def _add_services(self, message: pb.Workload, endpoint: Endpoint, models: Iterable[ServiceModel]) -> None:
-        for model in models:
-            ports = message.services[model.name].ports
-            for port in model.source.ports:
-                target = _target(port, endpoint, isinstance(model.source, KubernetesService))
-                if target is not None:
-                    ports.append(pb.Port(service_port=port.number, target_port=target))
-
-    def _add_tunnel(self, message: pb.Workload, meta: Metadata, mark: HboneMark | None) -> None:
-        if "http" in meta.labels.get(TUNNEL_LABEL, "").split(","):
-            message.tunnel_protocol = pb.HBONE
-            message.native_tunnel = True
-        if meta.annotations.get(REDIRECTION_ANNOTATION) == "enabled":
-            message.tunnel_protocol = pb.HBONE
-        if mark is not None and mark.service_account == (message.service_account or "default"):
-            message.tunnel_protocol = pb.HBONE
-            message.node = mark.node
-
-    def _encode(self, message: pb.Workload, previous: Mapping[str, Entry]) -> Entry:
-        network = message.network
-        aliases = tuple(f"{network}/{ipaddress.ip_address(packed)}" for packed in message.addresses)
-        members = tuple(sorted(message.services))
-        return entry(
-            pb.Address(workload=message),
-            message.uid,
-            aliases=aliases,
-            members=members,
-            node=message.node,
-            previous=previous,
-        )
-
-
-_BY_NAME = (Resolution.DNS, Resolution.DNS_ROUND_ROBIN)
-
-
-def build(registry: Registry, previous: Snapshot = EMPTY) -> Snapshot:
-    """The mesh of the documents. What did not change since `previous` is the same object."""
-    addresses: dict[str, Entry] = {}
-    for item in registry.workload_entries(previous.addresses):
-        addresses[item.name] = item
-    for item in registry.service_entries(previous.addresses):
-        addresses[item.name] = item
-    converted: dict[str, Entry] = {}
-    for policy in registry.policies:
-        message = policies.authorization(policy, registry.root_namespace)
-        name = f"{message.namespace}/{message.name}"
-        converted[name] = entry(message, name, previous=previous.policies)
-    for message in registry.peer_authentication.converted():
-        name = f"{message.namespace}/{message.name}"
-        converted[name] = entry(message, name, previous=previous.policies)
-    return Snapshot(addresses, converted, previous.number + 1)
-
-
-def vip_needs(resources: ResourceSet) -> tuple[list[tuple[str, str]], list[IpAddress]]:
-    """Hosts that need an automatic address, and addresses that documents take for themselves."""
-    wanted: list[tuple[str, str]] = []
-    given: list[IpAddress] = []
-    for item in resources.of(ServiceEntry):
-        given.extend(a for a in item.addresses if isinstance(a, ipaddress.IPv4Address | ipaddress.IPv6Address))
-        for host in item.hosts:
-            if not _wants_vip(item, host):
+    def _plan(self, dirty: _Dirty) -> Plan:
+        addresses: dict[str, Entry | None] = {}
+        converted: dict[str, Entry | None] = {}
+        if dirty.gateways:
+            self._replace_made(("gateways", "", ""), workloads.of_gateways(self), addresses)
+        for key in dirty.objects:
+            if key[0] == "service":
+                dirty.services[key[2]] = None
                 continue
-            own = [address for name, address in item.status_addresses if name == host]
-            given.extend(own)
-            if not own and not item.addresses:
-                wanted.append((item.meta.namespace, host))
-    for service in resources.of(KubernetesService):
-        given.extend(service.addresses)
-    return wanted, given
+            self._release(key)
+            item = self.documents.get(key)
+            if key[0] == "AuthorizationPolicy":
+                name = f"{key[1]}/{key[2]}"
+                message = None
+                if isinstance(item, AuthorizationPolicy):
+                    message = policies.authorization(item, self.mesh.root_namespace)
+                previous = self.catalog.policies
+                converted[name] = None if message is None else entry(AUTHORIZATION, message, name, previous=previous)
+            elif key[0] == "WorkloadEntry":
+                uid = workloads.entry_uid(self.inputs.cluster_id, key[1], key[2])
+                made = workloads.of_entry(self, item) if isinstance(item, WorkloadEntry) else None
+                addresses[uid] = None if made is None else workloads.encode(made, self.catalog.addresses)
+            elif isinstance(item, ServiceEntry):
+                self._replace_made(key, workloads.of_service_entry(self, item), addresses)
+            elif isinstance(item, EndpointSlice):
+                self._replace_made(key, workloads.of_slice(self, item), addresses)
+            else:
+                self._replace_made(key, (), addresses)
+        for host in dirty.services:
+            self._release(("service", "", host))
+            model = self.services.get(host)
+            addresses[host] = None if model is None else services.encode(self, model, self.catalog.addresses)
+        for namespace in dirty.peers:
+            self._replace_peers(namespace, converted)
+        if dirty.peers:
+            static = self.peers.static()
+            self._replace_policies(("static", "", ""), [] if static is None else [static], converted)
+        return Plan(
+            addresses=_differing(addresses, self.catalog.addresses),
+            policies=_differing(converted, self.catalog.policies),
+        )
+
+    def _replace_made(self, key: Key, messages: Iterable[Any], out: dict[str, Entry | None]) -> None:
+        entries = [workloads.encode(message, self.catalog.addresses) for message in messages]
+        for name in self._made.pop(key, ()):
+            out.setdefault(name, None)
+        if entries:
+            self._made[key] = tuple(item.name for item in entries)
+        for item in entries:
+            out[item.name] = item
+
+    def _replace_peers(self, namespace: str, out: dict[str, Entry | None]) -> None:
+        self._replace_policies(("peers", namespace, ""), self.peers.converted(namespace), out)
+
+    def _replace_policies(self, key: Key, messages: Iterable[Any], out: dict[str, Entry | None]) -> None:
+        for name in self._made.pop(key, ()):
+            out[name] = None
+        names: list[str] = []
+        for message in messages:
+            name = f"{message.namespace}/{message.name}"
+            names.append(name)
+            out[name] = entry(AUTHORIZATION, message, name, previous=self.catalog.policies)
+        if names:
+            self._made[key] = tuple(names)
+
+    def _release(self, user: Key) -> None:
+        """Forget which Gateways something depends on; making it again notes them anew."""
+        for place in self._asked.pop(user, ()):
+            users = self._users.get(place)
+            if users is not None:
+                users.pop(user, None)
+                if not users:
+                    del self._users[place]
 
 
-def workload_uid(cluster_id: str, meta: Metadata) -> str:
-    """The resource name of a WorkloadEntry."""
-    return f"{cluster_id}/networking.istio.io/WorkloadEntry/{meta.namespace}/{meta.name}"
+def _differing(made: Mapping[str, Entry | None], known: Mapping[str, Entry]) -> dict[str, Entry | None]:
+    return {name: item for name, item in made.items() if known.get(name) is not item}
 
 
-def _wants_vip(item: ServiceEntry, host: str) -> bool:
-    return (
-        not item.addresses
-        and item.resolution is not Resolution.NONE
-        and item.meta.labels.get(_AUTOALLOCATE_LABEL) != "false"
-        and not host.startswith("*")
-    )
+def _change(known: dict[Any, None], key: Any, add: bool) -> None:
+    if add:
+        known[key] = None
+    else:
+        known.pop(key, None)
 
 
-def _target(port: ServicePort, endpoint: Endpoint, kubernetes: bool) -> int | None:
-    """The workload's port for a service's port; None when the workload has none of that name."""
-    if kubernetes and isinstance(port.target, str):
-        return endpoint.ports.get(port.target)
-    if port.name in endpoint.ports:
-        return endpoint.ports[port.name]
-    return port.target if isinstance(port.target, int) else port.number
-
-
-def _first(labels: Mapping[str, str], *names: str) -> str:
-    for name in names:
-        if value := labels.get(name):
-            return value
-    return ""
-
-
-def _alias(address: pb.NetworkAddress) -> str:
-    text = f"{address.network}/{ipaddress.ip_address(address.address)}"
-    return f"{text}/{address.length}" if address.HasField("length") else text
+def _member(groups: dict[Any, dict[Any, None]], group: Any, key: Any, add: bool) -> None:
+    if add:
+        groups.setdefault(group, {})[key] = None
+        return
+    members = groups[group]
+    members.pop(key, None)
+    if not members:
+        del groups[group]

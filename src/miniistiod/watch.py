@@ -17,7 +17,7 @@ from hbone.errors import ConfigurationError
 from miniistiod.resources.tree import MAX_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
     from pathlib import Path
 
 __all__ = ["Debounce", "DirectoryError", "Fingerprint", "looking_at", "read", "scan", "watch"]
@@ -74,6 +74,9 @@ def scan(directory: Path) -> Fingerprint:
                 raise DirectoryError(f"{str(directory)!r} has more than {MAX_FILES} documents; split the mesh")
     except OSError as error:
         raise _unreadable(directory, error) from None
+    total = sum(size for _, size, _ in found.values())
+    if total > MAX_TOTAL:
+        raise DirectoryError(f"{str(directory)!r} has {total} bytes of documents, over {MAX_TOTAL}; split the mesh")
     if not found:
         raise DirectoryError(
             f"{str(directory)!r} has no document; put .yaml files in it (meshconfig.yaml alone means an empty mesh)"
@@ -81,15 +84,15 @@ def scan(directory: Path) -> Fingerprint:
     return found
 
 
-def read(directory: Path) -> dict[str, str]:
-    """The documents, path to text.
+def read(directory: Path, paths: Iterable[str] | None = None) -> dict[str, str]:
+    """The documents, path to text; all of them, or those of `paths`.
 
     Raises:
         DirectoryError: as `scan`, or a file is too large or no UTF-8.
     """
     files: dict[str, str] = {}
     total = 0
-    for path in scan(directory):
+    for path in scan(directory) if paths is None else paths:
         try:
             with open(directory / path, "rb") as stream:
                 data = stream.read(MAX_BYTES + 1)

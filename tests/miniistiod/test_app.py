@@ -255,7 +255,7 @@ async def test_errors_of_discovery(tmp_path: Path) -> None:
         code, message = await refused(cp, DELTA, subscribe(namespace="web"), token)
         assert code is StatusCode.PERMISSION_DENIED
         assert message.startswith("authorization failed")
-        assert (await refused(cp, DELTA.replace("Delta", "Stream"), b"", token))[0] is StatusCode.UNIMPLEMENTED
+        assert (await refused(cp, DELTA.replace("Delta", "Stream"), b"", token))[0] is StatusCode.INVALID_ARGUMENT
         assert (await refused(cp, "/a.B/C", b""))[0] is StatusCode.UNIMPLEMENTED
 
 
@@ -318,7 +318,7 @@ async def test_changes_are_pushed_and_bad_documents_are_not(tmp_path: Path) -> N
             while not cp.status.problems:
                 await trio.sleep(0.01)
             assert "has no document" in cp.status.problems[0]
-            assert len(cp.mesh.snapshot.addresses) == 3
+            assert len(cp.mesh.catalog.addresses) == 3
             path.write_text(MESH.partition("---")[0])
             response = await ztunnel.response()
             assert sorted(response.removed_resources) == [uid("web-1"), "shop/orders.mesh"]
@@ -327,13 +327,11 @@ async def test_changes_are_pushed_and_bad_documents_are_not(tmp_path: Path) -> N
 
 async def test_a_restart_with_bad_documents_serves_the_last_good_ones(tmp_path: Path) -> None:
     async with control_plane(tmp_path) as cp:
-        before = cp.mesh.snapshot
+        before = {name: item.version for name, item in cp.mesh.catalog.addresses.items()}
     async with control_plane(tmp_path, "kind: nonsense") as cp:
         assert cp.status.loaded
         assert cp.status.problems
-        assert {name: item.version for name, item in cp.mesh.snapshot.addresses.items()} == {
-            name: item.version for name, item in before.addresses.items()
-        }
+        assert {name: item.version for name, item in cp.mesh.catalog.addresses.items()} == before
         status, body = await page(cp, "/ready")
         assert (status, body["status"]) == (200, "degraded")
 
@@ -345,7 +343,7 @@ async def test_a_restart_without_documents_serves_the_last_good_ones(tmp_path: P
     async with control_plane(tmp_path, None) as cp:
         assert cp.status.loaded
         assert "has no document" in cp.status.problems[0]
-        assert len(cp.mesh.snapshot.addresses) == 3
+        assert len(cp.mesh.catalog.addresses) == 3
 
 
 async def test_nothing_is_served_before_the_first_good_documents(tmp_path: Path) -> None:
@@ -421,7 +419,7 @@ async def test_another_trust_domain_than_the_states_is_refused(tmp_path: Path) -
         assert cp.trust_domain == "mesh.example"
         identity = await certificate(cp, bearer(cp.create_token("shop", "orders")))
         assert str(identity.id) == "spiffe://mesh.example/ns/shop/sa/orders"
-        assert cp.mesh.snapshot.addresses[uid("orders-1")]
+        assert cp.mesh.catalog.addresses[uid("orders-1")]
     with pytest.raises(ConfigurationError, match=r"is of the trust domain 'mesh\.example', not"):
         async with control_plane(tmp_path, trust_domain="other"):
             pass

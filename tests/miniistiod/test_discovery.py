@@ -1,23 +1,59 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from miniistiod import catalog as catalog_module
 from miniistiod import discovery
-from miniistiod.discovery import ADDRESS, AUTHORIZATION, HOLD_SECONDS, Subscriber, TooManyNamesError
-from miniistiod.snapshot import Entry, Snapshot
+from miniistiod.catalog import Catalog, Entry, Plan, encode
+from miniistiod.discovery import (
+    ADDRESS,
+    AUTHORIZATION,
+    HOLD_SECONDS,
+    FellBehindError,
+    Subscriber,
+    TooManyNamesError,
+    World,
+)
 from ztunnel.wire import discovery_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 UID = "Kubernetes/networking.istio.io/WorkloadEntry/shop/"
 
 
 def entry(name: str, version: str = "1", **fields: Any) -> Entry:
-    return Entry(name, f"{name}@{version}", f"{name}@{version}".encode(), **fields)
+    body = f"{name}@{version}".encode()
+    return Entry(name, body.decode(), encode(ADDRESS, name, body.decode(), body), len(body), **fields)
 
 
-def mesh(addresses: list[Entry], policies: list[Entry] | None = None, number: int = 1) -> Snapshot:
-    return Snapshot({item.name: item for item in addresses}, {item.name: item for item in policies or []}, number)
+@attrs.frozen
+class Mesh:
+    addresses: dict[str, Entry]
+    policies: dict[str, Entry]
+
+
+def mesh(addresses: list[Entry], policies: list[Entry] | None = None) -> Mesh:
+    made = [
+        attrs.evolve(item, wire=encode(AUTHORIZATION, item.name, item.version, item.body)) for item in policies or []
+    ]
+    return Mesh({item.name: item for item in addresses}, {item.name: item for item in made})
+
+
+def plan(catalog: Catalog, wanted: Mesh) -> Plan:
+    def differing(old: Mapping[str, Entry], new: Mapping[str, Entry]) -> dict[str, Entry | None]:
+        gone: dict[str, Entry | None] = {name: None for name in old if name not in new}
+        known = {name: item.version for name, item in old.items()}
+        return gone | {name: item for name, item in new.items() if known.get(name) != item.version}
+
+    return Plan(
+        addresses=differing(catalog.addresses, wanted.addresses), policies=differing(catalog.policies, wanted.policies)
+    )
 
 
 def ask(
@@ -43,15 +79,20 @@ def ask(
 class Client:
     """A stream's client: what it was sent, in short."""
 
-    def __init__(self, snapshot: Snapshot | None, *requests: pb.DeltaDiscoveryRequest, node: str = "") -> None:
-        self.subscriber = Subscriber("s", node=node)
+    def __init__(self, wanted: Mesh, *requests: pb.DeltaDiscoveryRequest, node: str = "") -> None:
+        self.catalog = Catalog()
+        self.become(wanted)
+        self.subscriber = Subscriber("s", self.catalog, node=node)
         self.nonces: dict[str, str] = {}
         for request in requests:
             self.subscriber.request(request, 0.0)
-        self.seen: list[str] = [] if snapshot is None else self.push(snapshot)
+        self.seen = self.take()
 
-    def push(self, snapshot: Snapshot, now: float = 0.0) -> list[str]:
-        self.subscriber.offer(snapshot)
+    def become(self, wanted: Mesh) -> None:
+        self.catalog.apply(plan(self.catalog, wanted))
+
+    def push(self, wanted: Mesh, now: float = 0.0) -> list[str]:
+        self.become(wanted)
         return self.take(now)
 
     def ask(self, *requests: pb.DeltaDiscoveryRequest, now: float = 0.0) -> list[str]:
@@ -59,8 +100,11 @@ class Client:
             self.subscriber.request(request, now)
         return self.take(now)
 
+    def responses(self, now: float = 0.0) -> list[pb.DeltaDiscoveryResponse]:
+        return [pb.DeltaDiscoveryResponse.FromString(item.data) for item in self.subscriber.take(now)]
+
     def take(self, now: float = 0.0) -> list[str]:
-        responses = self.subscriber.take(now)
+        responses = self.responses(now)
         for response in responses:
             assert response.nonce not in self.nonces.values()
             self.nonces[response.type_url] = response.nonce
@@ -107,25 +151,21 @@ def test_an_acknowledgement_is_not_answered() -> None:
 def test_a_push_has_what_changed_and_nothing_else() -> None:
     same, policy = entry("a"), entry("p")
     client = Client(mesh([same, entry("b"), entry("c")], [policy]), *BOTH)
-    assert client.push(mesh([same, entry("b", "2"), entry("d")], [policy], 2)) == ["Address: b d -c"]
-    assert client.push(mesh([same, entry("b", "2"), entry("d")], [policy], 3)) == []
-
-
-def test_versions_decide_not_objects() -> None:
-    client = Client(mesh([entry("a")]), *BOTH)
-    assert client.push(mesh([entry("a")], [], 2)) == []
+    assert client.push(mesh([same, entry("b", "2"), entry("d")], [policy])) == ["Address: b d -c"]
+    assert client.push(mesh([same, entry("b", "2"), entry("d")], [policy])) == []
 
 
 def test_policies_come_before_workloads_and_go_after_them() -> None:
     client = Client(mesh([entry("a")], [entry("old"), entry("kept")]), *BOTH)
-    pushed = client.push(mesh([entry("a", "2")], [entry("kept", "2"), entry("new")], 2))
+    pushed = client.push(mesh([entry("a", "2")], [entry("kept", "2"), entry("new")]))
     assert pushed == ["Authorization: kept new", "Address: a", "Authorization:  -old"]
 
 
 def test_pushes_that_were_not_taken_are_merged() -> None:
     client = Client(mesh([entry("a"), entry("b")]), *BOTH)
-    client.subscriber.offer(mesh([entry("a", "2"), entry("b"), entry("x")], [], 2))
-    assert client.push(mesh([entry("a", "2"), entry("b", "2")], [], 3)) == ["Address: a b"]
+    client.become(mesh([entry("a", "2"), entry("b"), entry("x")]))
+    # x came and went; that it is gone may be said to somebody who never had it.
+    assert client.push(mesh([entry("a", "2"), entry("b", "2")])) == ["Address: a b -x"]
 
 
 def test_a_reconnect_gets_what_it_lacks() -> None:
@@ -152,7 +192,7 @@ def test_a_rejection_is_kept_and_not_answered() -> None:
     assert rejection.message == "a: bad"
     assert client.take() == []
     assert client.subscriber.rejections[ADDRESS] == rejection
-    assert client.push(mesh([entry("a", "2")], [], 2)) == ["Address: a"]
+    assert client.push(mesh([entry("a", "2")], [])) == ["Address: a"]
     client.ask(ask(ADDRESS, nonce=client.nonces[ADDRESS]))
     assert client.subscriber.rejections == {}
 
@@ -160,7 +200,7 @@ def test_a_rejection_is_kept_and_not_answered() -> None:
 def test_a_stale_acknowledgement_says_nothing() -> None:
     client = Client(mesh([entry("a")]), *BOTH)
     old = client.nonces[ADDRESS]
-    client.push(mesh([entry("a", "2")], [], 2))
+    client.push(mesh([entry("a", "2")], []))
     assert client.ask(ask(ADDRESS, nonce=old)) == []
     described: Any = client.subscriber.describe()
     assert described[ADDRESS]["acknowledged"] is False
@@ -186,8 +226,8 @@ MESH = mesh([SERVICE, A, B, C])
 NOTHING = ask(ADDRESS, sub=["*"], unsub=["*"])
 
 
-def on_demand(snapshot: Snapshot = MESH, node: str = "") -> Client:
-    return Client(snapshot, NOTHING, ask(AUTHORIZATION), node=node)
+def on_demand(wanted: Mesh = MESH, node: str = "") -> Client:
+    return Client(wanted, NOTHING, ask(AUTHORIZATION), node=node)
 
 
 def test_on_demand_begins_with_an_empty_answer() -> None:
@@ -199,7 +239,7 @@ def test_an_address_is_answered_under_both_its_names() -> None:
     assert client.ask(ask(ADDRESS, sub=["/10.0.0.3"])) == [f"Address: {UID}c /10.0.0.3"]
     client = on_demand()
     client.subscriber.request(ask(ADDRESS, sub=["/10.0.0.3"]), 0.0)
-    (response,) = client.subscriber.take(0.0)
+    (response,) = client.responses()
     assert [list(resource.aliases) for resource in response.resources] == [["/10.0.0.3"]] * 2
 
 
@@ -212,17 +252,17 @@ def test_a_service_brings_its_workloads(name: str) -> None:
 def test_an_unknown_name_is_removed_at_once_and_pushed_when_it_appears() -> None:
     client = on_demand()
     assert client.ask(ask(ADDRESS, sub=["/10.0.0.9"])) == ["Address:  -/10.0.0.9"]
-    assert client.push(mesh([A], [], 2)) == []
+    assert client.push(mesh([A], [])) == []
     new = entry(UID + "new", aliases=("/10.0.0.9",))
-    assert client.push(mesh([A, new], [], 3)) == [f"Address: {UID}new /10.0.0.9"]
-    assert client.push(mesh([A], [], 4)) == [f"Address:  -/10.0.0.9 -{UID}new"]
+    assert client.push(mesh([A, new], [])) == [f"Address: {UID}new /10.0.0.9"]
+    assert client.push(mesh([A], [])) == [f"Address:  -/10.0.0.9 -{UID}new"]
 
 
 def test_only_what_was_asked_for_is_pushed() -> None:
     client = on_demand()
     client.ask(ask(ADDRESS, sub=[UID + "c"]))
     changed = entry(UID + "c", "2", aliases=("/10.0.0.3",))
-    assert client.push(mesh([SERVICE, entry(UID + "a", "2"), B, changed], [], 2)) == [f"Address: {UID}c"]
+    assert client.push(mesh([SERVICE, entry(UID + "a", "2"), B, changed], [])) == [f"Address: {UID}c"]
 
 
 def test_a_name_asked_again_is_answered_again() -> None:
@@ -237,7 +277,7 @@ def test_giving_a_name_up_brings_no_data() -> None:
     client.ask(ask(ADDRESS, sub=[UID + "c", UID + "a"]))
     assert client.ask(ask(ADDRESS, unsub=[UID + "c"])) == []
     changed = entry(UID + "c", "2")
-    assert client.push(mesh([SERVICE, A, B, changed], [], 2)) == []
+    assert client.push(mesh([SERVICE, A, B, changed], [])) == []
 
 
 def test_the_nodes_own_workloads_come_unasked() -> None:
@@ -267,3 +307,124 @@ def test_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "MAX_NAMES", 10)
     with pytest.raises(TooManyNamesError):
         client.subscriber.request(ask(ADDRESS, sub=[str(number) for number in range(11)]), 0.0)
+
+
+def test_what_nobody_asked_for_costs_an_on_demand_client_nothing() -> None:
+    client = on_demand()
+    client.ask(ask(ADDRESS, sub=["/10.0.0.3"]))
+    many = [entry(f"{UID}{number}") for number in range(100)]
+    assert client.push(mesh([SERVICE, A, B, C, *many])) == []
+    joined = entry(UID + "d", aliases=("/10.0.0.4",), members=("shop/cart.mesh",))
+    assert client.push(mesh([SERVICE, A, B, C, joined])) == []
+
+
+def test_a_workload_that_joins_a_service_is_pushed_to_who_asked_for_the_service() -> None:
+    client = on_demand()
+    client.ask(ask(ADDRESS, sub=["/10.9.0.1"]))
+    joined = entry(UID + "d", aliases=("/10.0.0.4",), members=("shop/cart.mesh",))
+    assert client.push(mesh([SERVICE, A, B, C, joined])) == [f"Address: {UID}d"]
+    assert client.push(mesh([SERVICE, A, B, C])) == [f"Address:  -{UID}d"]
+
+
+def test_a_workload_that_comes_to_the_node_is_pushed() -> None:
+    client = on_demand(node="n1")
+    came = entry(UID + "a", "2", node="n1")
+    assert client.push(mesh([SERVICE, came, B, C])) == [f"Address: {UID}a"]
+
+
+NAMES = st.sampled_from([f"{UID}{letter}" for letter in "abc"])
+ENTRIES = st.dictionaries(
+    NAMES,
+    st.tuples(
+        st.sampled_from(["1", "2"]),
+        st.sampled_from([(), ("/10.0.0.1",), ("/10.0.0.2",), ("/10.0.0.1", "/10.0.0.2")]),
+        st.sampled_from([(), ("shop/s.mesh",)]),
+        st.sampled_from(["", "n1"]),
+    ),
+)
+ASKED = st.sampled_from([f"{UID}a", f"{UID}b", "/10.0.0.1", "/10.0.0.2", "/10.9.0.1", "shop/s.mesh", "/gone"])
+STEPS = st.lists(st.tuples(st.sampled_from(["sub", "unsub", "take"]), ASKED, ENTRIES, st.booleans()), max_size=12)
+
+
+@given(STEPS)
+def test_an_on_demand_client_has_what_it_asked_for_at_its_newest(steps: list[Any]) -> None:
+    """Whatever is asked and changed in between: afterwards each name that was asked is there under that name."""
+    client = on_demand(mesh([]), node="n1")
+    asked: set[str] = set()
+    has: dict[str, bytes] = {}
+    for verb, name, entries, service in [*steps, ("take", "", {}, True)]:
+        if verb == "sub":
+            asked.add(name)
+            client.subscriber.request(ask(ADDRESS, sub=[name]), 0.0)
+        elif verb == "unsub":
+            asked.discard(name)
+            client.subscriber.request(ask(ADDRESS, unsub=[name]), 0.0)
+        made = [
+            entry(uid, f"{version}{aliases}{members}{node}", aliases=aliases, members=members, node=node)
+            for uid, (version, aliases, members, node) in entries.items()
+        ]
+        client.become(mesh([*made, *([entry("shop/s.mesh", aliases=("/10.9.0.1",))] if service else [])]))
+        if verb != "take":
+            continue
+        for response in client.responses():
+            for resource in response.resources:
+                has[resource.name] = resource.resource.value
+            for gone in response.removed_resources:
+                has.pop(gone, None)
+    for name in asked:
+        names = client.catalog.resolve(name)
+        if not names:
+            assert name not in has
+            continue
+        assert has[name] == client.catalog.addresses[names[0]].body
+        assert all(has[found] == client.catalog.addresses[found].body for found in names)
+    assert all(has[name] == client.catalog.addresses[name].body for name in client.catalog.by_node.get("n1", ()))
+
+
+def test_who_falls_behind_further_than_is_remembered_must_connect_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog_module, "MAX_REMOVED", 10)
+    client = Client(mesh([entry("a")]), *BOTH)
+    late = Subscriber("late", client.catalog)
+    for request in BOTH:
+        late.request(request, 0.0)
+    assert late.take(0.0)
+    for number in range(30):
+        assert client.push(mesh([entry("a"), entry(f"{number}")]))
+    with pytest.raises(FellBehindError):
+        late.take(0.0)
+
+
+# -- state of the world
+
+
+def whole(url: str = ADDRESS, names: list[str] | None = None, nonce: str = "", error: str = "") -> pb.DiscoveryRequest:
+    request = pb.DiscoveryRequest(type_url=url, resource_names=names or [], response_nonce=nonce)
+    if error:
+        request.error_detail.message = error
+    return request
+
+
+def test_the_older_form_sends_everything_after_each_change() -> None:
+    catalog = Catalog()
+    catalog.apply(plan(catalog, mesh([entry("a"), entry("b")], [entry("p")])))
+    world = World("w", catalog)
+    world.request(whole(), 0.0)
+    world.request(whole(AUTHORIZATION), 0.0)
+
+    def take() -> list[tuple[str, list[bytes]]]:
+        found = [pb.DiscoveryResponse.FromString(item.data) for item in world.take(0.0)]
+        return [(item.type_url.rpartition(".")[2], [resource.value for resource in item.resources]) for item in found]
+
+    assert take() == [("Authorization", [b"p@1"]), ("Address", [b"a@1", b"b@1"])]
+    assert take() == []
+    catalog.apply(plan(catalog, mesh([entry("a", "2"), entry("b")], [entry("p")])))
+    assert take() == [("Address", [b"a@2", b"b@1"])]
+    rejection = world.request(whole(nonce="w-3", error="no"), 0.0)
+    assert rejection is not None
+    assert rejection.message == "no"
+    assert take() == []
+    assert world.request(whole(names=["b"], nonce="w-2"), 0.0) is None  # of an older response: not heard
+    assert take() == []
+    world.request(whole(names=["b"], nonce="w-3"), 0.0)
+    assert take() == [("Address", [b"b@1"])]
+    assert world.rejections == {}

@@ -14,8 +14,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from hbone.identity import SpiffeId
 from miniistiod import auth, ca
+from miniistiod.catalog import Catalog, Entry, Plan, encode
 from miniistiod.discovery import ADDRESS, AUTHORIZATION, Subscriber
-from miniistiod.snapshot import Entry, Snapshot
 from ztunnel.wire import ca_pb2, discovery_pb2
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,17 +79,17 @@ def test_nodes_are_understood() -> None:
 
 
 def test_conversations_are_answered() -> None:
-    def entry(name: str) -> Entry:
-        return Entry(name, "v", name.encode())
+    def entry(url: str, name: str) -> Entry:
+        return Entry(name, "v", encode(url, name, "v", name.encode()), len(name))
 
-    snapshot = Snapshot({"a": entry("a")}, {"app/echo": entry("app/echo")}, 1)
+    catalog = Catalog()
+    catalog.apply(Plan(addresses={"a": entry(ADDRESS, "a")}, policies={"app/echo": entry(AUTHORIZATION, "app/echo")}))
     first = [request for request in DISCOVERY if request.HasField("node")]
     for opening in (first[:2], first[-2:]):
-        subscriber = Subscriber("s")
+        subscriber = Subscriber("s", catalog)
         for request in opening:
             assert subscriber.request(request, 0.0) is None
-        subscriber.offer(snapshot)
-        responses = subscriber.take(0.0)
+        responses = [discovery_pb2.DeltaDiscoveryResponse.FromString(item.data) for item in subscriber.take(0.0)]
         assert [response.type_url for response in responses][:2] == [AUTHORIZATION, ADDRESS]
         held = dict(opening[0].initial_resource_versions)
         assert sorted(responses[1].removed_resources) == sorted(held)

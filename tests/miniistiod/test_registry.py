@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from miniistiod import lint
-from miniistiod.registry import HboneMark, Inputs, Registry, build
+from miniistiod.registry import HboneMark, Inputs, Registry, convert
 from miniistiod.resources import ResourceSet, load
-from miniistiod.snapshot import EMPTY, Snapshot, difference
 from ztunnel.wire import authorization_pb2, workload_pb2
+
+if TYPE_CHECKING:
+    from miniistiod.catalog import Catalog
 
 WORKLOAD = """
 apiVersion: networking.istio.io/v1
@@ -34,12 +36,12 @@ def documents(*texts: str) -> ResourceSet:
     return resources
 
 
-def mesh(*texts: str, previous: Snapshot = EMPTY, **inputs: Any) -> Snapshot:
-    return build(Registry(documents(*texts), Inputs(**inputs)), previous)
+def mesh(*texts: str, **inputs: Any) -> Catalog:
+    return convert(documents(*texts), Inputs(**inputs))
 
 
-def workload(snapshot: Snapshot, uid: str = UID) -> workload_pb2.Workload:
-    return workload_pb2.Address.FromString(snapshot.addresses[uid].body).workload
+def workload(catalog: Catalog, uid: str = UID) -> workload_pb2.Workload:
+    return workload_pb2.Address.FromString(catalog.addresses[uid].body).workload
 
 
 def test_a_selector_does_not_select_what_has_no_labels() -> None:
@@ -74,12 +76,13 @@ def test_the_local_network_is_a_label_of_the_root_namespace() -> None:
     assert snapshot.resolve("/10.0.0.1") == ()
 
 
-def test_what_does_not_change_is_the_same_object() -> None:
-    first = mesh(WORKLOAD, POLICY)
-    second = mesh(WORKLOAD.replace("10.0.0.1", "10.0.0.2"), POLICY, previous=first)
-    assert second.policies["shop/p"] is first.policies["shop/p"]
-    assert difference(first.addresses, second.addresses).changed == (UID,)
-    assert not difference(first.policies, second.policies)
+def test_what_does_not_change_is_not_in_the_plan() -> None:
+    registry = Registry.of(documents(WORKLOAD, POLICY))
+    (moved,) = documents(WORKLOAD.replace("10.0.0.1", "10.0.0.2")).resources
+    (same,) = documents("# another line\n" + POLICY).resources
+    plan = registry.change({moved.meta.key: moved, same.meta.key: same})
+    assert list(plan.addresses) == [UID]
+    assert plan.policies == {}
 
 
 def test_versions_are_the_same_in_another_process() -> None:
@@ -100,8 +103,8 @@ spec:
 """
 
 
-def services(snapshot: Snapshot) -> dict[str, workload_pb2.Service]:
-    found = (workload_pb2.Address.FromString(item.body) for item in snapshot.addresses.values())
+def services(catalog: Catalog) -> dict[str, workload_pb2.Service]:
+    found = (workload_pb2.Address.FromString(item.body) for item in catalog.addresses.values())
     return {
         f"{item.service.namespace}/{item.service.hostname}": item.service for item in found if item.HasField("service")
     }
@@ -114,8 +117,8 @@ def test_the_older_of_two_entries_has_the_host() -> None:
         ("ServiceEntry", "shop", "young"): datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
         ("ServiceEntry", "shop", "old"): datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
     }
-    registry = Registry(documents(young, old), Inputs(first_seen=first_seen))
-    assert services(build(registry))["shop/a.mesh"].name == "old"
+    registry = Registry.of(documents(young, old), Inputs(first_seen=first_seen))
+    assert services(registry.catalog)["shop/a.mesh"].name == "old"
     assert [str(item) for item in lint.findings(registry, "cluster.local")] == [
         "0.yaml:4: warning: ServiceEntry shop/young is not used for a.mesh, which ServiceEntry old (1.yaml:4) has"
         " already; keep one of them"
@@ -176,7 +179,7 @@ spec: {hosts: [a.example, b.example], resolution: DNS, ports: [{number: 443, nam
     ],
 )
 def test_what_is_wrong_between_documents_is_a_warning(texts: tuple[str, ...], finding: str) -> None:
-    (found,) = lint.findings(Registry(documents(*texts), Inputs()), "cluster.local")
+    (found,) = lint.findings(Registry.of(documents(*texts)), "cluster.local")
     assert finding in str(found)
 
 
@@ -189,5 +192,5 @@ def test_scope_of_a_policy(spec: str, scope: int) -> None:
     found = authorization_pb2.Authorization.FromString(mesh(text).policies["shop/p"].body)
     assert found.scope == scope
     config = load({"meshconfig.yaml": "rootNamespace: shop\n", "a.yaml": text})
-    found = authorization_pb2.Authorization.FromString(build(Registry(config, Inputs())).policies["shop/p"].body)
+    found = authorization_pb2.Authorization.FromString(convert(config).policies["shop/p"].body)
     assert found.scope == (authorization_pb2.GLOBAL if scope != 2 else scope)
