@@ -90,6 +90,10 @@ class PeerIdentityError(TlsError):
     """The peer's certificate chain, SPIFFE ID or ALPN is not one that we accept."""
 
 
+class PeerRevokedError(PeerIdentityError):
+    """A certificate of the peer's chain was taken back by its CA."""
+
+
 class IdentityError(HboneError, ValueError):
     """A SPIFFE ID, certificate, key or trust bundle that does not follow its rules."""
 

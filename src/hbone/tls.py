@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from OpenSSL import SSL
 
-from hbone.errors import ConfigurationError, PeerIdentityError, TlsError
+from hbone.errors import ConfigurationError, PeerIdentityError, PeerRevokedError, TlsError
 from hbone.openssl import DIRECT, IoBuffer, drain_error_queue, ffi, lib
 from hbone.tlscontext import NoSharedProtocol, TlsContext, reason_of
 from hbone.tlspeer import PeerCheck
@@ -175,7 +175,7 @@ class TlsConnection:
 
     def _handshake_error(self, reason: str) -> TlsError:
         if self._check.problem is not None:
-            return PeerIdentityError(self._check.problem)
+            return (PeerRevokedError if self._check.revoked else PeerIdentityError)(self._check.problem)
         if reason == "certificate verify failed":
             return PeerIdentityError("the peer's certificate cannot be parsed")
         if reason == "peer did not return a certificate":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from OpenSSL import SSL, crypto
 
 from hbone.errors import ConfigurationError, IdentityError, TlsError
+from hbone.identity.revocation import RevocationLists
 from hbone.identity.sources import Identity
 from hbone.identity.spiffe import SpiffeId, quoted
 from hbone.identity.svid import (
@@ -136,7 +137,7 @@ class TlsContext:
         roots: str | bytes | Iterable[x509.Certificate] | None = None,
         server_name: str | None = None,
         alt_names: Sequence[str] = (),
-        crls: Sequence[x509.CertificateRevocationList] = (),
+        crls: Sequence[x509.CertificateRevocationList] | RevocationLists = (),
     ) -> TlsContext:
         """For dialling.
 
@@ -149,7 +150,7 @@ class TlsContext:
             roots: PEM text, or certificates, that the control plane's certificate may lead to.
             server_name: its DNS name or IP address.
             alt_names: other names or addresses that will do as well.
-            crls: revocation lists, checked for the whole chain.
+            crls: revocation lists, checked for the whole chain. As `RevocationLists` they keep the context cached.
 
         Raises:
             IdentityError: certificate, key or roots are unusable.
@@ -160,7 +161,8 @@ class TlsContext:
                 raise ConfigurationError("a TLS client needs an identity, or roots together with a server name")
             return _cached(
                 identity,
-                ("client",) if not crls else None,
+                ("client",),
+                crls,
                 lambda: cls(
                     is_server=False,
                     chain=identity.svid.chain,
@@ -194,7 +196,7 @@ class TlsContext:
         client_certificate: Literal["required", "optional"] = "required",
         *,
         bundles: TrustBundle | Iterable[TrustBundle] | Mapping[str, TrustBundle] | None = None,
-        crls: Sequence[x509.CertificateRevocationList] = (),
+        crls: Sequence[x509.CertificateRevocationList] | RevocationLists = (),
     ) -> TlsContext:
         """For listening.
 
@@ -203,7 +205,7 @@ class TlsContext:
             client_certificate: `required` refuses a client without one; `optional` asks for one and verifies it
                 if given. What is given must be an SVID either way.
             bundles: the roots of clients, for a server certificate; an identity brings its own.
-            crls: revocation lists, checked for the whole chain.
+            crls: revocation lists, checked for the whole chain. As `RevocationLists` they keep the context cached.
 
         Raises:
             IdentityError: certificate, key or roots are unusable.
@@ -232,8 +234,8 @@ class TlsContext:
                 own_id=own_id,
             )
 
-        if isinstance(identity, Identity) and bundles is None and not crls:
-            return _cached(identity, ("server", client_certificate), build)
+        if isinstance(identity, Identity) and bundles is None:
+            return _cached(identity, ("server", client_certificate), crls, build)
         return build()
 
     def connection(self) -> SSL.Connection:
@@ -268,12 +270,20 @@ class TlsContext:
             raise ConfigurationError(f"server name {quoted(self.server_name)} cannot be checked by OpenSSL")
 
 
-def _cached(identity: Identity, role: _Role | None, build: Callable[[], TlsContext]) -> TlsContext:
-    if role is None:
+def _cached(
+    identity: Identity,
+    role: _Role,
+    crls: Sequence[x509.CertificateRevocationList] | RevocationLists,
+    build: Callable[[], TlsContext],
+) -> TlsContext:
+    """The context for identity, role and lists; one with other lists takes the place of the one before."""
+    if crls and not isinstance(crls, RevocationLists):
         return build()
     contexts = _cache.setdefault(identity, {})
+    if crls:
+        role = (*role, "revocable")
     context = contexts.get(role)
-    if context is None:
+    if context is None or (crls and context.expectation.revoked is not crls):
         context = contexts[role] = build()
     return context
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cryptography import x509
 from OpenSSL import SSL, crypto
 
-from hbone.errors import PeerIdentityError
+from hbone.errors import PeerIdentityError, PeerRevokedError
+from hbone.identity.revocation import RevocationLists
 from hbone.identity.spiffe import SpiffeId, quoted
 from hbone.identity.svid import UNPARSABLE, TrustBundle, validity_problem
 from hbone.identity.verify import verify_peer_chain
@@ -34,12 +34,12 @@ class Expectation:
         self,
         bundles: Mapping[str, TrustBundle] | None,
         names: tuple[str, ...] = (),
-        crls: Sequence[x509.CertificateRevocationList] = (),
+        crls: Sequence[x509.CertificateRevocationList] | RevocationLists = (),
     ) -> None:
         self.bundles = bundles
         """Roots by trust domain: the peer must have an SVID. None: a server with a name, not an SVID."""
         self.names = names
-        self.revoked = _Revocations(crls)
+        self.revoked = crls if isinstance(crls, RevocationLists) else RevocationLists(crls)
 
     def judge(self, path: Sequence[x509.Certificate]) -> SpiffeId | None:
         """Who the peer is, by the path that OpenSSL verified, leaf first.
@@ -47,50 +47,13 @@ class Expectation:
         Raises:
             PeerIdentityError: it is not acceptable.
         """
-        self.revoked.check(path)
+        if self.revoked and (found := self.revoked.find(path)) is not None:
+            raise PeerRevokedError(str(found))
         if self.bundles is not None:
             return verify_peer_chain(path[0], path[1:-1], path[-1], self.bundles)
         if self.names and not any(_bears_name(path[0], name) for name in self.names):
             raise PeerIdentityError(_wrong_name(path[0], self.names))
         return None
-
-
-class _Revocations:
-    """Certificates that a CA took back. An unknown status passes; a list must be signed by the issuer it names."""
-
-    __slots__ = ("_by_issuer", "_verified")
-
-    def __init__(self, crls: Sequence[x509.CertificateRevocationList]) -> None:
-        self._by_issuer: dict[x509.Name, list[x509.CertificateRevocationList]] = {}
-        for crl in crls:
-            self._by_issuer.setdefault(crl.issuer, []).append(crl)
-        self._verified: dict[tuple[int, x509.Certificate], bool] = {}
-
-    def check(self, path: Sequence[x509.Certificate]) -> None:
-        if not self._by_issuer:
-            return
-        for certificate, issuer in itertools.pairwise(path):
-            for crl in self._by_issuer.get(certificate.issuer, ()):
-                if not self._is_signed(crl, issuer):
-                    continue
-                if crl.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None:
-                    raise PeerIdentityError(
-                        f"the certificate with serial {certificate.serial_number:x} was revoked"
-                        f" by {quoted(certificate.issuer.rfc4514_string())}"
-                    )
-
-    def _is_signed(self, crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:
-        key = (id(crl), issuer)  # the list of lists keeps each alive, so its id stays its own
-        known = self._verified.get(key)
-        if known is None:
-            try:
-                known = crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # any kind of key
-            except (TypeError, ValueError):
-                known = False
-            if len(self._verified) >= 1024:
-                self._verified.clear()
-            self._verified[key] = known
-        return known
 
 
 def _alternative_names(certificate: x509.Certificate) -> tuple[list[str], list[str]]:
@@ -140,13 +103,15 @@ def _wrong_name(certificate: x509.Certificate, names: Iterable[str]) -> str:
 class PeerCheck:
     """What the verification of one connection's peer came to; written by OpenSSL's callback."""
 
-    __slots__ = ("accepted", "authorize", "expectation", "fault", "idle", "path", "peer_id", "problem")
+    __slots__ = ("accepted", "authorize", "expectation", "fault", "idle", "path", "peer_id", "problem", "revoked")
 
     def __init__(self, expectation: Expectation, authorize: Authorize | None) -> None:
         self.expectation = expectation
         self.authorize = authorize
         self.path: list[x509.Certificate] = []
         self.problem: str | None = None
+        self.revoked = False
+        """The problem is a revocation."""
         self.fault: BaseException | None = None
         """What `authorize` raised, if it did."""
         self.peer_id: SpiffeId | None = None
@@ -176,6 +141,7 @@ class PeerCheck:
             self.peer_id = self.expectation.judge(self.path)
         except PeerIdentityError as error:
             self.problem = str(error)
+            self.revoked = isinstance(error, PeerRevokedError)
             return False
         except UNPARSABLE as error:
             self.problem = f"the peer's certificate cannot be parsed: {' '.join(str(error).split())[:100]}"

@@ -17,8 +17,8 @@ from OpenSSL import SSL, crypto
 from tests.support.tls import RawClient, exchange, join, raw_context, read, take
 
 import hbone.openssl
-from hbone.errors import ConfigurationError, IdentityError, PeerIdentityError, TlsError
-from hbone.identity import Identity, SpiffeId, TrustBundle
+from hbone.errors import ConfigurationError, IdentityError, PeerIdentityError, PeerRevokedError, TlsError
+from hbone.identity import Identity, RevocationLists, SpiffeId, TrustBundle
 from hbone.identity.svid import UNPARSABLE
 from hbone.testing.ca import WRONG_SVIDS, Issued, TestCa
 from hbone.tls import MAX_READS_WITHOUT_DATA, IoBuffer, PortableTlsConnection, TlsConnection, TlsContext
@@ -912,3 +912,24 @@ def test_a_missing_function_is_noticed(missing: str) -> None:
 
 def test_a_missing_handle_is_noticed() -> None:
     assert not hbone.openssl.has_everything(hbone.openssl.lib, object())
+
+
+def test_contexts_are_made_once_per_identity_and_set_of_lists() -> None:
+    first, second = RevocationLists([CA.crl()]), RevocationLists([CA.crl()])
+    identity = CA.identity("shop", "web")
+    for make in (TlsContext.client, TlsContext.server):
+        context = make(identity, crls=first)
+        assert make(identity, crls=first) is context
+        assert make(identity) is not context
+        assert make(identity, crls=first) is context
+        assert make(identity, crls=RevocationLists()) is make(identity)
+        assert make(identity, crls=second) is not context
+
+
+def test_a_revocation_is_an_error_of_its_own() -> None:
+    server = TlsConnection(TlsContext.server(SERVER, crls=RevocationLists([CA.crl(CLIENT.svid.leaf)])), server=True)
+    _, at_server = join(TlsConnection(TlsContext.client(CLIENT), server=False), server)
+    assert isinstance(at_server, PeerRevokedError)
+    wrong = TlsConnection(TlsContext.server(TestCa().identity("shop", "web"), crls=[CA.crl()]), server=True)
+    _, at_server = join(TlsConnection(TlsContext.client(CLIENT), server=False), wrong)
+    assert not isinstance(at_server, PeerRevokedError)

@@ -1,5 +1,6 @@
 """SPIFFE identities: IDs, X.509-SVIDs, trust bundles, their sources, and the rules for a peer's certificate."""
 
+from hbone.identity.revocation import RevocationLists, Revoked
 from hbone.identity.sources import FileSource, Identity, IdentitySource, StaticSource
 from hbone.identity.spiffe import SpiffeId, TrustDomain
 from hbone.identity.svid import ServerCertificate, TrustBundle, TrustBundles, X509Svid
@@ -10,6 +11,8 @@ __all__ = [
     "FileSource",
     "Identity",
     "IdentitySource",
+    "RevocationLists",
+    "Revoked",
     "ServerCertificate",
     "SpiffeId",
     "StaticSource",
