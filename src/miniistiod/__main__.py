@@ -13,6 +13,7 @@ __all__ = ["main"]
 EXTRA = {
     "google": "protobuf",
     "hypercorn": "hypercorn",
+    "joserfc": "joserfc",
     "prometheus_client": "prometheus-client",
     "structlog": "structlog",
     "yaml": "pyyaml",

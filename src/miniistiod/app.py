@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from types import TracebackType
 
+    from miniistiod.auth import Verifier
     from miniistiod.config import Address, Config
     from miniistiod.mesh import Status
 
@@ -74,6 +75,14 @@ def open_authority(config: Config, store: Store) -> Authority:
         ConfigurationError: it cannot be used.
     """
     return Authority(store, None if config.ca_dir is None else CaDirectory(config.ca_dir, store))
+
+
+def _issuers(config: Config) -> Verifier | None:
+    if config.issuers is None:
+        return None
+    from miniistiod.issuers import read_issuers  # the only part that needs joserfc
+
+    return read_issuers(config.issuers)
 
 
 class MiniIstiod:
@@ -160,7 +169,7 @@ class MiniIstiod:
             self.mesh = Mesh(config, self.store, self._metrics)
             await self.mesh.restore()
             await self.mesh.reload()
-            self.api = Api(config, self.store, self.mesh, self._metrics, self.authority)
+            self.api = Api(config, self.store, self.mesh, self._metrics, self.authority, _issuers(config))
             grpc = await _listen(config.listen)
             stack.callback(_close_all, grpc)
             monitoring = await _listen(config.monitoring)

@@ -93,6 +93,9 @@ def _add_run(commands: Any) -> None:
         help="a CA of yours: ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem; else a root of its own",
     )
     command.add_argument(
+        "--issuers", type=Path, metavar="FILE", help="issuers whose tokens (OIDC) are believed, and for whom; YAML"
+    )
+    command.add_argument(
         "--listen", default="0.0.0.0:15012", metavar="ADDR[:PORT]", help="discovery and CA over TLS (0.0.0.0:15012)"
     )
     command.add_argument(
@@ -114,6 +117,7 @@ def _run(arguments: argparse.Namespace) -> int:
         init=arguments.init,
         trust_domain=arguments.trust_domain,
         ca_dir=arguments.ca_dir,
+        issuers=arguments.issuers,
         listen=parse_address(arguments.listen, 15012),
         monitoring=parse_address(arguments.monitoring, 15014),
         names=tuple(arguments.name),

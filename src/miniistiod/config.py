@@ -76,6 +76,8 @@ class Config:
     """With `init`: the mesh's trust domain, else that of meshconfig.yaml, else cluster.local. Without: must agree."""
     ca_dir: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     """Private directory of a CA in files, with Istio's names; else the state has its own root."""
+    issuers: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
+    """File of issuers whose tokens (OIDC) are believed."""
     listen: Address = Address("0.0.0.0", 15012)
     """Discovery and CA, over TLS."""
     monitoring: Address = Address("127.0.0.1", 15014)
