@@ -307,6 +307,19 @@ def test_large_messages_share_a_budget() -> None:
     assert budget.used == 0
 
 
+def test_a_large_message_that_will_not_come_takes_nothing_of_the_budget() -> None:
+    budget = WindowBudget(3 * MIB)
+    client = ClientConnection(budget=budget)
+    client, peer, call = client_of_stock_server(client)
+    peer.send_headers(1, [(b":status", b"200"), (b"content-type", b"application/grpc")])
+    peer.send_data(1, struct.pack(">BI", 0, 2 * MIB))
+    peer.send_headers(1, [(b"grpc-status", b"0")], end_stream=True)
+    client.receive_data(peer.data_to_send(), 1000)
+    with pytest.raises(GrpcError, match="ended the call within a message"):
+        call.receive()
+    assert budget.used == 0
+
+
 @pytest.mark.parametrize("how", ["cancel", "finish", "lost"])
 def test_the_budget_is_given_back_when_a_call_ends_early(how: str) -> None:
     budget = WindowBudget(3 * MIB)
@@ -514,6 +527,9 @@ def test_grpc_content_types_are_accepted(kind: bytes) -> None:
         ([(b":status", b"404")], StatusCode.UNIMPLEMENTED),
         ([(b":status", b"503")], StatusCode.UNAVAILABLE),
         ([(b":status", b"418")], StatusCode.UNKNOWN),
+        ([(b":status", b"fine")], StatusCode.UNKNOWN),
+        ([(b":status", b"\xff")], StatusCode.UNKNOWN),
+        ([(b":status", b"2000")], StatusCode.UNKNOWN),
         ([(b":status", b"200"), (b"content-type", b"text/html")], StatusCode.UNKNOWN),
         (
             [(b":status", b"200"), (b"content-type", b"application/grpc"), (b"grpc-encoding", b"gzip")],
@@ -569,8 +585,8 @@ def test_a_reset_becomes_a_status(reset: ErrorCode, code: StatusCode) -> None:
     assert caught.value.code is code
 
 
-def client_of_stock_server() -> tuple[ClientConnection, H2Connection, Call]:
-    client = ClientConnection()
+def client_of_stock_server(client: ClientConnection | None = None) -> tuple[ClientConnection, H2Connection, Call]:
+    client = client or ClientConnection()
     client.start(1000)
     peer = H2Connection(H2Configuration(client_side=False, header_encoding=None))
     peer.initiate_connection()

@@ -116,12 +116,14 @@ class ClientConnection(GrpcConnection):
             return
         fields = event.headers or []
         found = {bytes(name): bytes(value) for name, value in fields}
-        status = int(found.get(b":status", b"0"))
+        given = found.get(b":status", b"")
+        status = int(given) if given.isdigit() and len(given) == 3 else 0
         if b"grpc-status" in found:
             self._note_status(call, fields)
             return
         if status != 200:
-            problem = GrpcError(status_from_http(status), f"the server answered with HTTP status {status}")
+            shown = given[:8].decode("ascii", "backslashreplace")
+            problem = GrpcError(status_from_http(status), f"the server answered with HTTP status {shown or '(none)'}")
         elif not found.get(b"content-type", b"").startswith(CONTENT_TYPE):
             problem = GrpcError(StatusCode.UNKNOWN, "the server's answer is not gRPC")
         elif found.get(b"grpc-encoding", b"identity") != b"identity":

@@ -302,7 +302,7 @@ class GrpcConnection(abc.ABC):
                 call._wanted = None
                 self._credit(call)
                 return message
-            if length > _BIG_MESSAGE and not call._budgeted:
+            if length > _BIG_MESSAGE and not call._budgeted and not call.ended:
                 if not self._budget.take(length):
                     raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, "too many large messages are being received at once")
                 call._budgeted = length
