@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["HboneTransport"]
 
 _HBONE_PORT = 15008
+_CLOSE_TIMEOUT = 1.0
 
 
 class HboneTransport(httpx.AsyncBaseTransport):
@@ -47,6 +48,7 @@ class HboneTransport(httpx.AsyncBaseTransport):
         peer: who may answer there; None leaves it to the pool's `authorize`.
         max_connections: HTTP connections at once, each in a stream.
         keepalive_expiry: seconds that an unused HTTP connection is kept.
+        ssl_context: for https URLs, whose TLS is the application's own and runs inside the tunnel; by default httpx's.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class HboneTransport(httpx.AsyncBaseTransport):
         peer: str | SpiffeId | Iterable[str | SpiffeId] | None,
         max_connections: int = 100,
         keepalive_expiry: float = 5.0,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._http = httpcore.AsyncConnectionPool(
+            ssl_context=ssl_context,
             max_connections=max_connections,
             keepalive_expiry=keepalive_expiry,
             network_backend=_Backend(pool, via, as_peers(peer)),
@@ -137,10 +141,10 @@ class _Backend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Any = None,
     ) -> httpcore.AsyncNetworkStream:
-        connect = functools.partial(
-            self._pool.connect, Authority(host, port), via=self._via or (host, _HBONE_PORT), peer=self._peer
-        )
         try:
+            connect = functools.partial(
+                self._pool.connect, Authority(host, port), via=self._via or (host, _HBONE_PORT), peer=self._peer
+            )
             stream = await _within(timeout, connect, httpcore.ConnectTimeout)
         except HboneError as error:
             raise httpcore.ConnectError(str(error)) from error
@@ -178,7 +182,7 @@ async def _within(timeout: float | None, call: Callable[[], Any], late: type[Exc
                 return await call()
         except TimeoutError:
             pass
-    raise late(f"no answer within {timeout:g} s")
+    raise late("no answer in time" if timeout is None else f"no answer within {timeout:g} s")
 
 
 class _TrioStream(httpcore.AsyncNetworkStream):
@@ -245,8 +249,13 @@ class _AsyncioStream(httpcore.AsyncNetworkStream):
 
     async def aclose(self) -> None:
         self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                await self._writer.wait_closed()
+        except TimeoutError:  # what was written has no room at the peer
+            self._writer.transport.abort()
+        except OSError:
+            pass  # it broke, and is closed
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None

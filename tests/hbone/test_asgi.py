@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import functools
 import json
+import pathlib
+import ssl
+import tempfile
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import trio
-from tests.support.tunnels import who
+from tests.support.tunnels import ca, who
 
 import hbone
 import hbone.asgi
@@ -125,33 +129,101 @@ async def test_what_leads_out_of_http1_is_refused(request_bytes: bytes) -> None:
             assert (await client.get("http://10.0.0.7:8080/")).status_code == 200
 
 
-def test_httpx_works_over_the_asyncio_pool() -> None:
-    async def echo_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        body = head.split(b" ")[1]
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
-        await writer.drain()
+def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A client's and a server's, for HTTPS inside the tunnel."""
+    issued = ca().server("orders.example")
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.TemporaryDirectory() as directory:
+        files = pathlib.Path(directory, "cert.pem"), pathlib.Path(directory, "key.pem")
+        files[0].write_bytes(issued.cert_pem)
+        files[1].write_bytes(issued.key_pem)
+        server.load_cert_chain(*files)
+    return ssl.create_default_context(cadata=ca().root_pem.decode()), server
+
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]]
+
+
+def under_asyncio(handler: Serve, use: Callable[[hbone.httpx.HboneTransport], Awaitable[None]], **options: Any) -> None:
+    """Serve with `handler` on the loopback interface, and call `use` with a transport that leads there."""
 
     async def main() -> None:
         started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         server = asyncio.create_task(
             hbone.asyncio.serve(
-                echo_http,
+                handler,
                 source_of("orders"),
                 0,
                 host="127.0.0.1",
                 authorize=hbone.same_trust_domain,
+                drain_timeout=0.5,
                 started=lambda addresses: started.set_result(addresses[0][1]),
             )
         )
         port = await started
         async with hbone.asyncio.ConnectionPool(source_of("web")) as pool:
-            transport = hbone.httpx.HboneTransport(pool, via=("127.0.0.1", port), peer=ORDERS)
-            async with httpx.AsyncClient(transport=transport) as client:
-                response = await client.get("http://10.0.0.7:8080/over/asyncio")
-                assert response.text == "/over/asyncio"
+            await use(hbone.httpx.HboneTransport(pool, via=("127.0.0.1", port), peer=ORDERS, **options))
         server.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await server
 
-    asyncio.run(main())
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+async def echo_path(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    head = await reader.readuntil(b"\r\n\r\n")
+    body = head.split(b" ")[1]
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+    await writer.drain()
+
+
+def test_httpx_works_over_the_asyncio_pool() -> None:
+    async def use(transport: hbone.httpx.HboneTransport) -> None:
+        async with httpx.AsyncClient(transport=transport) as client:
+            response = await client.get("http://10.0.0.7:8080/over/asyncio")
+            assert response.text == "/over/asyncio"
+
+    under_asyncio(echo_path, use)
+
+
+def test_httpx_speaks_https_over_the_asyncio_pool() -> None:
+    trusted, served = tls_contexts()
+
+    async def over_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport = await loop.start_tls(writer.transport, protocol, served, server_side=True)
+        assert transport is not None
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        await echo_path(reader, writer)
+        writer.close()
+        await writer.wait_closed()
+
+    async def use(transport: hbone.httpx.HboneTransport) -> None:
+        async with httpx.AsyncClient(transport=transport) as client:
+            response = await client.get("https://orders.example/over/tls")
+            assert response.text == "/over/tls"
+
+    under_asyncio(over_tls, use, ssl_context=trusted)
+
+
+def test_closing_does_not_wait_for_a_peer_that_reads_nothing() -> None:
+    async def sleep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(60)
+
+    async def use(transport: hbone.httpx.HboneTransport) -> None:
+        async with httpx.AsyncClient(transport=transport, timeout=0.2) as client:
+            with pytest.raises(httpx.WriteTimeout):
+                await client.post("http://10.0.0.7:8080/", content=bytes(20_000_000))
+
+    under_asyncio(sleep, use)
+
+
+async def test_a_host_name_that_is_no_authority_is_a_connect_error() -> None:
+    network = Network()
+    async with serving(network) as pool:
+        transport = hbone.httpx.HboneTransport(pool, via=VIA, peer=ORDERS)
+        async with httpx.AsyncClient(transport=transport) as client:
+            with pytest.raises(httpx.ConnectError, match="my_host"):
+                await client.get("http://my_host/")
