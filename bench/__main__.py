@@ -52,7 +52,7 @@ def plan_of(options: argparse.Namespace, descriptors: int) -> Plan:
     return Plan(
         namespaces=not options.loopback and not namespace_obstacle(),
         rounds=2 if quick else options.rounds,
-        seconds=0.25 if quick else options.seconds,
+        seconds=0.2 if quick else options.seconds,
         idle_streams=min(1000 if quick else 10_000, descriptors - SPARE_DESCRIPTORS),
         idle_tunnels=min(100 if quick else 1000, descriptors - SPARE_DESCRIPTORS),
         pushed=10_000 if quick else 100_000,
@@ -90,6 +90,27 @@ async def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def ended_by(problem: BaseException) -> int:
+    """Say why a run ended before its time.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BaseException: the problem itself, when it is a fault of the bench.
+    """
+    group = problem if isinstance(problem, BaseExceptionGroup) else BaseExceptionGroup("", [problem])
+    if group.subgroup(KeyboardInterrupt):
+        return 130
+    if group.subgroup(lambda one: not isinstance(one, HboneError | BaseExceptionGroup)):
+        raise problem
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    print(f"make bench: {error}", file=sys.stderr)
+    return 1
+
+
 def main() -> int:
     """Run the command line.
 
@@ -107,18 +128,9 @@ def main() -> int:
         return 2
     try:
         return trio.run(bench, options)
-    except KeyboardInterrupt:
+    except (HboneError, KeyboardInterrupt, BaseExceptionGroup) as problem:
         progress("")
-        return 130
-    except (HboneError, BaseExceptionGroup) as problem:
-        progress("")
-        error: BaseException = problem
-        while isinstance(error, BaseExceptionGroup):
-            if error.subgroup(lambda one: not isinstance(one, HboneError | BaseExceptionGroup)):
-                raise
-            error = error.exceptions[0]
-        print(f"make bench: {error}", file=sys.stderr)
-        return 1
+        return ended_by(problem)
 
 
 if __name__ == "__main__":

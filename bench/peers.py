@@ -155,7 +155,7 @@ async def stage(directory: Path, name: StageName, plan: Plan) -> AsyncIterator[S
         environment = {"ZTUNNEL_WORKER_THREADS": str(plan.workers)} if plan.workers > 1 else {}
         if name == "tunnels":
             environment["POOL_MAX_STREAMS_PER_CONNECTION"] = "1"
-            environment["POOL_UNUSED_RELEASE_TIMEOUT"] = "1s"
+            environment["POOL_UNUSED_RELEASE_TIMEOUT"] = "100ms"
         peers = [Peer(name=DIRECT, job={"host": beta.address, "port": PORTS[DIRECT]})]
         versions = {}
         hostile = name == "scale"

@@ -28,6 +28,8 @@ __all__ = ["LoadProcess", "Outcome", "progress", "run"]
 
 PER_FILE = 2000
 """Workloads in one document file of a push."""
+TUNNELS_GONE = 1.5
+"""Seconds after which idle tunnels of the stage `tunnels` are closed, so that none is used again."""
 
 
 @attrs.define
@@ -149,6 +151,8 @@ async def _rounds(outcome: Outcome, running: Stage, load: LoadProcess, workloads
     lost: set[tuple[str, str]] = set()
     for number in range(plan.rounds):
         for workload in workloads:
+            if workload.runner == "handshakes":
+                await trio.sleep(TUNNELS_GONE)
             for peer in running.peers:
                 if (workload.name, peer.name) in lost or not (peer.pids or workload.direct):
                     continue

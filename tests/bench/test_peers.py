@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 from bench import policy, rust
-from bench.__main__ import main, parser, plan_of
+from bench.__main__ import ended_by, main, parser, plan_of
 from bench.envoys import CLIENT, bootstrap
 from bench.errors import BenchError
 from bench.load import percentile
@@ -152,3 +152,12 @@ def test_a_run_that_makes_no_sense_is_refused(
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     assert main() == 2
     assert capsys.readouterr().err.startswith("make bench: --")
+
+
+def test_an_error_is_one_sentence_and_a_fault_is_raised(capsys: pytest.CaptureFixture[str]) -> None:
+    error = BenchError("no application")
+    assert ended_by(BaseExceptionGroup("", [BaseExceptionGroup("", [error])])) == 1
+    assert capsys.readouterr().err == "make bench: no application\n"
+    assert ended_by(BaseExceptionGroup("", [error, KeyboardInterrupt()])) == 130
+    with pytest.raises(ExceptionGroup):
+        ended_by(ExceptionGroup("", [error, ValueError()]))
