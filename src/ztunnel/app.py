@@ -72,7 +72,7 @@ class Daemon:
         self.config = config
         self.state = state
         self.metrics = Metrics(config.istio_version)
-        self.mesh = Membership(config, self.metrics, state, xds=xds, authority=authority)
+        self.mesh = Membership(config, self.metrics, state, xds=xds, authority=authority, check_revocations=True)
         self.path = data_path(reactor, config, self.mesh, self.metrics)
         self.dns = self._make_dns() if config.dns_proxy else None
         self.readiness = Readiness("proxy", "state manager", *(["dns proxy"] if config.dns_proxy else []))

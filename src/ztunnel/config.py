@@ -22,6 +22,7 @@ from ztunnel.environment import (
     parse_grace,
     parse_int,
     parse_log_level,
+    parse_optional_path,
     parse_path,
     parse_port,
     parse_seconds,
@@ -148,6 +149,12 @@ class Config:
     """Further headers for discovery, from `XDS_HEADER_<name>`."""
     ca_headers: tuple[tuple[str, str], ...] = attrs.field(default=(), repr=False)
     """Further headers for the CA, from `CA_HEADER_<name>`."""
+    crl_path: Path | None = setting(  # noqa: RUF009 - it is attrs.field
+        None,
+        env="CRL_PATH",
+        parse=parse_optional_path,
+        meaning="file of revocation lists, PEM or DER, read anew when it changes; they end live tunnels too",
+    )
     local_xds_path: Path | None = setting(  # noqa: RUF009 - it is attrs.field
         None,
         env="LOCAL_XDS_PATH",
@@ -526,7 +533,6 @@ _MORE = [
 ]
 
 _REFUSED: dict[str, tuple[Callable[[str], bool], str]] = {
-    "CRL_PATH": (bool, "revocation lists are not checked yet, and a revoked certificate would be accepted; unset it"),
     "TLS12_ENABLED": (exactly_true, "only TLS 1.3 is spoken; unset it"),
     "COMPLIANCE_POLICY": (bool, "its key exchange cannot be promised here; unset it"),
     "FAKE_CA": (exactly_true, "there is no fake CA; make certificates with 'hbone dev-ca', or run miniistiod"),

@@ -87,6 +87,7 @@ class OneProcess:
             mesh.svids,
             metrics,
             AccessLog(policy_at_info=config.policy_info_logging),
+            revocations=mesh.revocations,
         )
 
     @property

@@ -125,6 +125,11 @@ class Ztunnel:
         authority: CertificateAuthority | None = None,
     ) -> None:
         self.config = config if config is not None else settings(os.environ)
+        if self.config.crl_path is not None:
+            raise ConfigurationError(
+                f"CRL_PATH is {str(self.config.crl_path)!r}, and a ztunnel in a program checks no revocation lists;"
+                " unset it, or run the daemon"
+            )
         self.config.served  # noqa: B018 - a missing workload is named at once
         self._xds = xds
         self._authority = authority

@@ -33,6 +33,7 @@ __all__ = [
     "parse_grace",
     "parse_int",
     "parse_log_level",
+    "parse_optional_path",
     "parse_path",
     "parse_port",
     "parse_seconds",
@@ -143,6 +144,11 @@ def parse_servers(value: str) -> tuple[Address, ...]:
             host, port = text, "53"
         servers.append((parse_address(host[1:-1] if host.startswith("[") else host), parse_port(port)))
     return tuple(servers)
+
+
+def parse_optional_path(value: str) -> Path | None:
+    """A path; empty for none."""
+    return Path(value) if value else None
 
 
 def parse_path(value: str) -> Path:

@@ -262,6 +262,12 @@ class TlsFailed(DataplaneError):
         super().__init__(f"tls error: {why}")
 
 
+class PeerRevoked(TlsFailed):
+    """The handshake with a peer was refused because its certificate was revoked."""
+
+    flag = ResponseFlag.CERT_REVOKED
+
+
 class TlsSetupFailed(DataplaneError):
     """TLS could not be configured from our certificate and roots."""
 

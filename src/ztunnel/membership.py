@@ -16,6 +16,7 @@ from hbone.errors import ConfigurationError
 from ztunnel.control.ca import CaClient
 from ztunnel.control.cache import CacheWriter
 from ztunnel.control.discovery import DiscoveryClient, make_node
+from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import SvidManager
 from ztunnel.control.transport import RootSource, ServerAddress, TokenSource, grpc_dialer
 from ztunnel.mesh import SnapshotError, Store
@@ -57,6 +58,7 @@ class Membership:
         *,
         xds: Dial | None = None,
         authority: CertificateAuthority | None = None,
+        check_revocations: bool = False,
         wall: Callable[[], float] = time.time,
     ) -> None:
         """Put the parts together; `run` starts them.
@@ -67,10 +69,11 @@ class Membership:
             state: Where certificate and mesh are kept; None keeps nothing.
             xds: Another way to discovery, for tests.
             authority: Another CA, for tests.
+            check_revocations: Ask for revocation lists; who says so acts on them.
             wall: Wall clock, seconds since 1970.
 
         Raises:
-            ConfigurationError: an address of the control plane or the local file cannot be used.
+            ConfigurationError: an address of the control plane, the local file or the revocation lists cannot be used.
         """
         self.config = config
         self.served = config.served
@@ -83,6 +86,9 @@ class Membership:
         self.spread: Callable[[bytes, int], Awaitable[None]] = _nobody_else
         """Gets each response of discovery that was applied, and the number of its resources, before it is acknowledged.
         """
+        self.revocations = Revocations(config.crl_path, state if check_revocations else None)
+        """Certificates that were taken back."""
+        self._check_revocations = check_revocations
         token = TokenSource.from_setting(config.auth_token, TOKEN)
         self.svids = SvidManager(authority or self._ca(token), save=self._keep_identity, wall=wall)
         self.discovery = self._discovery(token, metrics, xds) if config.xds_address or xds else None
@@ -195,6 +201,7 @@ class Membership:
         """Put the local file, and what was kept on disk, in force."""
         if self._local is not None:
             self._local.apply(self.store)
+        self.revocations.restore()
         state = self.state
         if state is None:
             return
@@ -229,6 +236,7 @@ class Membership:
         """Keep certificate and mesh up to date until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.svids.run)
+            nursery.start_soon(self.revocations.run)
             if self.discovery is not None:
                 nursery.start_soon(self.discovery.run)
             if self._writer is not None:
@@ -268,6 +276,11 @@ class Membership:
                 "services": len(self.store.services),
                 "policies": len(self.store.policies),
                 "knowsWorkload": self.own_workload() is not None,
+            },
+            "revocation": {
+                "lists": len(self.revocations.current.lists),
+                "file": str(self.config.crl_path) if self.config.crl_path is not None else None,
+                "error": self.revocations.error,
             },
             "stateDirectory": str(self.state.path) if self.state is not None else None,
         }

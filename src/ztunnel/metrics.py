@@ -169,6 +169,9 @@ class Counts:
     on_demand: dict[DnsKey, int] = attrs.field(factory=dict)
     policy_closed: int = 0
     overflow: int = 0
+    crl_rejected: dict[str, int] = attrs.field(factory=dict)
+    """Tunnels refused or closed for a revoked certificate, by reporter."""
+    crl_untracked: dict[str, int] = attrs.field(factory=dict)
 
     def add(self, other: Counts) -> None:
         """Add what another data path counted."""
@@ -183,6 +186,12 @@ class Counts:
             self.on_demand[key] = self.on_demand.get(key, 0) + count
         self.policy_closed += other.policy_closed
         self.overflow += other.overflow
+        for mine_by, theirs_by in (
+            (self.crl_rejected, other.crl_rejected),
+            (self.crl_untracked, other.crl_untracked),
+        ):
+            for reporter, count in theirs_by.items():
+                mine_by[reporter] = mine_by.get(reporter, 0) + count
 
 
 class Metrics:
@@ -265,6 +274,14 @@ class Metrics:
     def policy_closed(self) -> None:
         """A live connection was closed by a change of policy."""
         self.counts.policy_closed += 1
+
+    def crl_rejected(self, reporter: str) -> None:
+        """A tunnel was refused or closed because its peer's certificate was revoked."""
+        self.counts.crl_rejected[reporter] = self.counts.crl_rejected.get(reporter, 0) + 1
+
+    def crl_untracked(self, reporter: str) -> None:
+        """A live tunnel's certificates could not be looked up in the revocation lists."""
+        self.counts.crl_untracked[reporter] = self.counts.crl_untracked.get(reporter, 0) + 1
 
     def on_demand_dns(self, source: Workload, hostname: str) -> None:
         """The host name of a workload was resolved for a connection."""
@@ -385,6 +402,18 @@ class Metrics:
             labels = {**dict(zip(_SOURCE, source, strict=True)), "hostname": hostname}
             dns.add_sample("istio_on_demand_dns_total", labels, count)
         yield dns
+        yield _by_label(
+            "istio_crl_policy_rejections",
+            "Tunnels refused or closed for a revoked certificate (unstable)",
+            "reporter",
+            counts.crl_rejected,
+        )
+        yield _by_label(
+            "istio_crl_untracked_connections",
+            "Tunnels whose certificates could not be looked up in the revocation lists (unstable)",
+            "reporter",
+            counts.crl_untracked,
+        )
         yield from self._dns_families()
         yield _by_label(
             "istio_xds_connection_terminations", "Discovery streams that ended (unstable)", "reason", self._xds_ended

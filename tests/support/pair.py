@@ -17,6 +17,7 @@ from tests.support.mesh import hbone
 
 from hbone.testing.ca import TestCa
 from ztunnel.config import Config, WorkloadInfo
+from ztunnel.control.revocation import Revocations
 from ztunnel.dataplane import Dataplane, Reactor, SocketCalls
 from ztunnel.logs import AccessLog, AccessRecord
 from ztunnel.mesh import Address, Store, Workload, parse_ip
@@ -139,6 +140,7 @@ class Host:
     log: Lines
     metrics: Metrics
     identities: Identities
+    revocations: Revocations
 
     @property
     def outbound(self) -> tuple[str, int]:
@@ -198,6 +200,7 @@ def make_host(
     store.apply_addresses([workload], [])
     calls, log, metrics = CountingCalls(), Lines(), Metrics()
     identities = Identities(identity or CA.identity("default", name))
+    revocations = Revocations()
     settings = {"outbound_port": 0, "inbound_port": 0, "socks5_port": 0, "socks5_enabled": True, **config}
     plane = Dataplane(
         reactor,
@@ -212,10 +215,11 @@ def make_host(
         identities,
         metrics,
         log,
+        revocations=revocations,
         calls=calls,
     )
     plane.bind()
-    return Host(name, ip, workload, plane, calls, log, metrics, identities)
+    return Host(name, ip, workload, plane, calls, log, metrics, identities, revocations)
 
 
 async def echo(stream: trio.SocketStream) -> None:

@@ -172,7 +172,6 @@ def test_mesh_file_then_proxy_config_then_variables(tmp_path: Path) -> None:
         ({"LOG_FORMAT": "xml"}, "(expected plain or json or console)"),
         ({"RUST_LOG": "loud"}, "(expected one of trace, debug, info, warn, error, off)"),
         ({"TERMINATION_GRACE_PERIOD_SECONDS": "x"}, "invalid env var TERMINATION_GRACE_PERIOD_SECONDS=x"),
-        ({"CRL_PATH": "/crl.pem"}, "invalid env var CRL_PATH=/crl.pem (revocation lists are not checked yet"),
         ({"TLS12_ENABLED": "true"}, "(only TLS 1.3 is spoken; unset it)"),
         ({"COMPLIANCE_POLICY": "pqc"}, "invalid env var COMPLIANCE_POLICY=pqc"),
         ({"FAKE_CA": "true"}, "(there is no fake CA"),

@@ -62,6 +62,16 @@ class RevocationLists:
                 reason = " ".join(str(error).split())[:100]
                 raise IdentityError(f"a revocation list cannot be parsed: {reason}") from None
 
+    @classmethod
+    def joined(cls, *parts: RevocationLists) -> RevocationLists:
+        """All of them in one; nothing is parsed again."""
+        whole = cls()
+        whole.lists = tuple(found for part in parts for found in part.lists)
+        for part in parts:
+            for name, entries in part._by_issuer.items():
+                whole._by_issuer.setdefault(name, []).extend(entries)
+        return whole
+
     def __bool__(self) -> bool:
         return bool(self._by_issuer)
 

@@ -4,6 +4,7 @@
 STATE/                 0700
   svid.pem             0600  private key and certificate chain
   roots.pem            0600  the roots that came with them
+  crl.pem              0600  the revocation lists that discovery sent last
   mesh.snapshot        0600  a line of JSON, then the store's snapshot; its modification time is
                              when the picture was last known to be current
   enrolment.json       0600  where this host was enrolled, and as what
@@ -156,6 +157,25 @@ class StateDir:
             return _read(self.path / "roots.pem", MAX_PEM)
         except (OSError, ControlPlaneError):
             return None
+
+    # revocation lists
+
+    def save_revocations(self, pem: bytes) -> None:
+        """Keep the lists that discovery sent.
+
+        Raises:
+            OSError: the disk is full, or the directory gone.
+        """
+        write_private(self.path / "crl.pem", pem)
+
+    def load_revocations(self) -> bytes | None:
+        """The lists of the last run, PEM.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        path = self.path / "crl.pem"
+        return path.read_bytes() if path.exists() else None
 
     # snapshot
 

@@ -22,6 +22,7 @@ from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dataplane.outbound import Outbound
 from ztunnel.dataplane.passthrough import Passthrough
 from ztunnel.dataplane.reactor import Reactor
+from ztunnel.dataplane.recall import Recall, RevocationSource
 from ztunnel.dataplane.sockets import SocketCalls, SocketOptions, local_addresses
 from ztunnel.dataplane.socks5 import Socks5
 from ztunnel.errors import Drained
@@ -58,6 +59,7 @@ class Dataplane:
         identities: our certificate.
         metrics: counters.
         access_log: lines.
+        revocations: lists of certificates that were taken back.
         calls: the socket calls, for tests.
         hbone_port: where peers take tunnels.
     """
@@ -71,6 +73,7 @@ class Dataplane:
         metrics: Metrics,
         access_log: AccessLog,
         *,
+        revocations: RevocationSource | None = None,
         calls: SocketCalls | None = None,
         hbone_port: int = _HBONE_PORT,
     ) -> None:
@@ -98,6 +101,7 @@ class Dataplane:
             own_ports=config.own_ports,
             hbone_port=hbone_port,
         )
+        self._recall = recall = Recall(revocations, reactor, metrics)
         connection = config.connection
         self.dialer = Dialer(
             reactor,
@@ -105,12 +109,13 @@ class Dataplane:
             identities,
             config=connection,
             budget=self.budget,
+            recall=recall,
             max_streams=config.pool_max_streams,
             idle_timeout=config.pool_idle,
         )
         self.outbound = Outbound(plane, self.dialer)
         self.socks5 = Socks5(plane, self.outbound)
-        self.inbound = Inbound(plane, identities, config=connection, budget=self.budget)
+        self.inbound = Inbound(plane, identities, config=connection, budget=self.budget, recall=recall)
         self.passthrough = Passthrough(plane)
         self._unsubscribe = store.subscribe(self.recheck)
         self._closed = False
@@ -188,6 +193,7 @@ class Dataplane:
             return
         self._closed = True
         self._unsubscribe()
+        self._recall.close()
         self._plane.local.close()
         self.outbound.close()
         for listener in self._all_listeners():

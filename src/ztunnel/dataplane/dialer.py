@@ -19,6 +19,7 @@ from ztunnel.errors import (
     ConnectTimedOut,
     DataplaneError,
     IdentityUnavailable,
+    PeerRevoked,
     TlsFailed,
     TlsSetupFailed,
     unexpected_peer,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from hbone.identity import Identity, SpiffeId
     from hbone.pool import PoolKey
     from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.dataplane.recall import Recall
     from ztunnel.dataplane.sockets import SocketCalls
     from ztunnel.dataplane.stream import StreamEnd
 
@@ -74,6 +76,7 @@ class Dialer:
         identities: our certificate.
         config: parameters of HTTP/2.
         budget: what receive windows may grow by, of the process.
+        recall: which certificates were taken back.
         max_streams: streams on one tunnel.
         idle_timeout: seconds that a tunnel may stay without a stream.
     """
@@ -86,6 +89,7 @@ class Dialer:
         *,
         config: ConnectionConfig,
         budget: WindowBudget,
+        recall: Recall,
         max_streams: int = 100,
         idle_timeout: float = 300.0,
     ) -> None:
@@ -102,6 +106,8 @@ class Dialer:
         self._identities = identities
         self._config = config
         self._budget = budget
+        self._recall = recall
+        recall.members.append(("source", lambda: self.tunnels))
         self._dialing: dict[Tunnel, PoolKey] = {}
         self._waiting: dict[PoolKey, collections.deque[TunnelUser]] = {}
         self._closed = False
@@ -188,7 +194,7 @@ class Dialer:
         address = parse_ip(key.address[0]), key.address[1]
         now = self._reactor.clock()
         try:
-            context = TlsContext.client(identity)
+            context = TlsContext.client(identity, crls=self._recall.lists)
             endpoint = Endpoint(
                 context, client=True, authorize=authorize, config=self._config, budget=self._budget, now=now
             )
@@ -240,6 +246,8 @@ class Dialer:
 
     def tunnel_established(self, tunnel: Tunnel) -> None:
         """Dialled: those who wait get it."""
+        if not self._recall.allows(tunnel, "source"):
+            return
         key = self._dialing.pop(tunnel)
         self.pool.dialed(key, tunnel, self._reactor.now)
         self._wake(key)
@@ -251,6 +259,8 @@ class Dialer:
         if key is None:
             self._retire(tunnel)
         else:
+            if isinstance(error, PeerRevoked):
+                self._recall.refused("source")
             peer = tunnel.endpoint.tls.peer_id
             if isinstance(error, TlsFailed) and peer is not None and key.expected and peer not in key.expected:
                 error = unexpected_peer(peer, key.expected)

@@ -22,11 +22,13 @@ from ztunnel.dataplane.restraint import Restraint
 from ztunnel.dataplane.sockets import DONTWAIT
 from ztunnel.dataplane.tunnel import Tunnel
 from ztunnel.errors import (
+    CertificateRevoked,
     ConnectFailed,
     DataplaneError,
     Http2Failed,
     IdentityUnavailable,
     InvalidAuthority,
+    PeerRevoked,
     SendFailed,
     TlsFailed,
     TlsSetupFailed,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from hbone.identity import Identity, SpiffeId
     from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.dialer import IdentitySource
+    from ztunnel.dataplane.recall import Recall
     from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.mesh.address import Address
     from ztunnel.mesh.workload import Workload
@@ -62,6 +65,7 @@ class Inbound:
         identities: our certificate.
         config: parameters of HTTP/2.
         budget: what receive windows may grow by, of the process.
+        recall: which certificates were taken back.
         transparent: applications see the client's own address.
         admission: handshakes at once, in all and by address.
     """
@@ -73,6 +77,7 @@ class Inbound:
         *,
         config: ConnectionConfig,
         budget: WindowBudget,
+        recall: Recall,
         transparent: bool = False,
         admission: Admission | None = None,
     ) -> None:
@@ -86,6 +91,8 @@ class Inbound:
         self._identities = identities
         self._config = config
         self._budget = budget
+        self._recall = recall
+        recall.members.append(("destination", lambda: self.tunnels))
         self._admission = admission or Admission()
         self._shaking: dict[Tunnel, str] = {}
         self._restraints: dict[Tunnel, Restraint] = {}
@@ -137,7 +144,7 @@ class Inbound:
         own = identity.svid.id
         try:
             endpoint = Endpoint(
-                TlsContext.server(identity),
+                TlsContext.server(identity, crls=self._recall.lists),
                 client=False,
                 authorize=lambda peer_id: same_trust_domain(peer_id, own),
                 config=self._config,
@@ -154,6 +161,8 @@ class Inbound:
 
     def tunnel_established(self, tunnel: Tunnel) -> None:
         """The peer proved who it is."""
+        if not self._recall.allows(tunnel, "destination"):
+            return
         self._admission.leave(self._shaking.pop(tunnel))
         if self.draining:
             tunnel.drain()
@@ -168,6 +177,8 @@ class Inbound:
         source = self._shaking.pop(tunnel, None)
         if source is not None:
             self._admission.leave(source)
+            if isinstance(error, PeerRevoked):
+                self._recall.refused("destination")
             self.plane.log.early_deny(INBOUND, tunnel.address, local, error or TlsFailed("the connection was closed"))
 
     def tunnel_draining(self, tunnel: Tunnel) -> None:
@@ -379,7 +390,7 @@ class StreamConnection(InboundConnection):
 
     def stream_lost(self, error: DataplaneError) -> None:
         """The tunnel ended, and nothing outlives it."""
-        lost = SendFailed(str(error))
+        lost = error if isinstance(error, CertificateRevoked) else SendFailed(str(error))
         if self.relay is not None:
             self.relay.end_after_reset(ErrorCode.INTERNAL_ERROR, lost)
         else:

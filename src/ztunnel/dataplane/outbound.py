@@ -16,6 +16,7 @@ from ztunnel.dataplane.plan import Plan, baggage_of, resolve
 from ztunnel.dataplane.reactor import GONE, READ_WRITE
 from ztunnel.dataplane.relay import ENDS, Relay, join
 from ztunnel.errors import (
+    CertificateRevoked,
     ConnectFailed,
     DataplaneError,
     Http2Failed,
@@ -355,7 +356,8 @@ class OutboundConnection(AppConnection):
         if self in self._outbound.pending:
             self.fail(error)
         elif self.relay is not None:
-            self.relay.end_after_reset(ErrorCode.INTERNAL_ERROR, ReceiveFailed(str(error)))
+            lost = error if isinstance(error, CertificateRevoked) else ReceiveFailed(str(error))
+            self.relay.end_after_reset(ErrorCode.INTERNAL_ERROR, lost)
 
     # In plaintext
 

@@ -13,7 +13,7 @@ import collections
 import select
 from typing import TYPE_CHECKING, Final, Protocol
 
-from hbone.errors import ErrorCode, HboneError, RemoteProtocolError
+from hbone.errors import ErrorCode, HboneError, PeerRevokedError, RemoteProtocolError
 from hbone.events import (
     ConnectAccepted,
     ConnectReceived,
@@ -30,7 +30,7 @@ from hbone.tls import IoBuffer
 from ztunnel.dataplane.reactor import GONE, READ_WRITE, WRITE
 from ztunnel.dataplane.sockets import DONTWAIT
 from ztunnel.dataplane.stream import StreamEnd, StreamUser
-from ztunnel.errors import ConnectFailed, ConnectTimedOut, DataplaneError, Http2Failed, TlsFailed
+from ztunnel.errors import ConnectFailed, ConnectTimedOut, DataplaneError, Http2Failed, PeerRevoked, TlsFailed
 
 if TYPE_CHECKING:
     import socket
@@ -456,7 +456,7 @@ class Tunnel:
         if isinstance(exc, RemoteProtocolError):
             self._lose(Http2Failed(str(exc)))
         else:
-            self._lose(TlsFailed(str(exc)))
+            self._lose((PeerRevoked if isinstance(exc, PeerRevokedError) else TlsFailed)(str(exc)))
 
     def _lose(self, error: DataplaneError | None) -> None:
         if self.closed:

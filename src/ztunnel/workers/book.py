@@ -1,7 +1,7 @@
 """Counters in memory that a worker shares with its parent, so that none is lost with a worker that is killed.
 
 ```text
-row 0          sockets open, connections closed by policy, label sets merged
+row 0          sockets open, connections closed by policy, label sets merged, refused and not found by revocation lists
 row n          a label set: opened, received, sent, closed by each flag      or a host name: resolved
 ```
 
@@ -29,7 +29,7 @@ __all__ = ["Page", "WorkerMetrics", "make_memory"]
 _FLAGS: Final = tuple(ResponseFlag)
 _ROW: Final = struct.Struct(f"={3 + len(_FLAGS)}q")
 _COUNT: Final = struct.Struct("=q")
-_FIRST: Final = struct.Struct("=4q")
+_FIRST: Final = struct.Struct("=8q")
 _REPORTERS: Final = ("source", "destination")
 _ROWS: Final = 2 * MAX_SERIES + 4  # label sets with the two merged ones, host names, the first row
 _SIZE: Final = _ROWS * _ROW.size
@@ -118,6 +118,16 @@ class WorkerMetrics(Metrics):
         super().policy_closed()
         self._write_first()
 
+    def crl_rejected(self, reporter: str) -> None:
+        """A tunnel was refused or closed because its peer's certificate was revoked."""
+        super().crl_rejected(reporter)
+        self._write_first()
+
+    def crl_untracked(self, reporter: str) -> None:
+        """A live tunnel's certificates could not be looked up in the revocation lists."""
+        super().crl_untracked(reporter)
+        self._write_first()
+
     def name_resolved(self, key: DnsKey) -> None:
         """A host name was resolved for a connection."""
         super().name_resolved(key)
@@ -145,6 +155,8 @@ class WorkerMetrics(Metrics):
             sockets.get("destination", 0),
             counts.policy_closed,
             counts.overflow,
+            *(counts.crl_rejected.get(reporter, 0) for reporter in _REPORTERS),
+            *(counts.crl_untracked.get(reporter, 0) for reporter in _REPORTERS),
         )
 
 
@@ -180,9 +192,19 @@ class Page:
     def counts(self) -> Counts:
         """What was counted so far."""
         memory = self._memory
-        source, destination, policy_closed, overflow = _FIRST.unpack_from(memory, 0)
+        source, destination, policy_closed, overflow, *crl = _FIRST.unpack_from(memory, 0)
         sockets = dict(zip(_REPORTERS, (source, destination), strict=True))
-        counts = Counts(sockets=sockets, policy_closed=policy_closed, overflow=overflow)
+        rejected, untracked = (
+            {reporter: count for reporter, count in zip(_REPORTERS, found, strict=True) if count}
+            for found in (crl[:2], crl[2:])
+        )
+        counts = Counts(
+            sockets=sockets,
+            policy_closed=policy_closed,
+            overflow=overflow,
+            crl_rejected=rejected,
+            crl_untracked=untracked,
+        )
         for row, labels in self._series.items():
             traffic = counts.traffic[labels] = Traffic(labels)
             opened, received, sent, *closed = _ROW.unpack_from(memory, row * _ROW.size)
