@@ -216,3 +216,33 @@ def test_a_value_of_any_length_makes_a_bounded_line() -> None:
     out = written("json")
     logs.get_logger("x").info("long", value="a" * 1_000_000)
     assert len(json.loads(lines(out)[0])["value"]) < 20_000
+
+
+def test_lines_of_processes_that_share_a_pipe_are_whole() -> None:
+    writers, lines, padding = 4, 300, 5000  # longer than what a pipe takes in one piece
+    script = f"""
+import os
+from hbone.daemon import logs
+lock = os.memfd_create("lock")
+children = []
+for number in range({writers}):
+    child = os.fork()
+    if not child:
+        logs.share_output(lock)
+        logs.configure("json")
+        log = logs.get_logger("test")
+        for line in range({lines}):
+            log.info("line", writer=number, line=line, padding="x" * (line * 37 % {padding}))
+            if line % 50 == 0:
+                logs.flush(10)
+        logs.shutdown(10)
+        os._exit(0)
+    children.append(child)
+for child in children:
+    os.waitpid(child, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted((entry["writer"], entry["line"]) for entry in found) == [
+        (writer, line) for writer in range(writers) for line in range(lines)
+    ]
