@@ -70,7 +70,11 @@ async def shop(
 ) -> AsyncIterator[Mesh]:
     """Two hosts with their ztunnels, and an application on port 9000 of `beta`."""
     started = mesh(
-        directory, ["alpha", "beta"], namespaces=namespaces, documents={"shop": WORKLOADS, **(documents or {})}
+        directory,
+        ["alpha", "beta"],
+        namespaces=namespaces,
+        documents={"shop": WORKLOADS, **(documents or {})},
+        loopback=f"127.{2 + os.getpid() % 200}.{os.getpid() // 200 % 250}",  # two runs on one machine keep apart
     )
     async with started as running, trio.open_nursery() as nursery:
         listener = await running.hosts["beta"].listen(ECHO)
