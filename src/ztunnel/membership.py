@@ -160,6 +160,7 @@ class Membership:
             cluster_id=config.cluster_id,
             headers=config.xds_headers,
             applied=self._mesh_changed,
+            revocations=self.revocations if self._check_revocations else None,
             spread=lambda raw, resources: self.spread(raw, resources),
             wall=self._wall,
         )

@@ -1,7 +1,8 @@
 """The discovery stream: what the mesh looks like, kept up to date and kept when the control plane goes away.
 
-Delta xDS, two types, both wildcard. A response is validated resource by resource in slices that yield after a
-millisecond, then becomes visible at once: the data path sees the state before it or the state after it.
+Delta xDS, two types, both wildcard, and where they are wanted the revocation lists of the mesh. A response is validated
+resource by resource in slices that yield after a millisecond, then becomes visible at once: the data path sees the
+state before it or the state after it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import trio
 from google.protobuf.message import DecodeError
 
 from hbone.daemon.logs import get_logger
-from hbone.errors import HboneError
+from hbone.errors import HboneError, IdentityError
 from hbone.grpc import GrpcError, GrpcUnavailable
 from ztunnel.control.apply import apply
+from ztunnel.control.revocation import REVOCATION_NAME, REVOCATION_TYPE
 from ztunnel.control.transport import ControlPlaneError, refusal, request_metadata
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from ztunnel.wire import discovery_pb2
@@ -103,6 +105,14 @@ def make_node(
     return node
 
 
+class RevocationSink(Protocol):
+    """Who acts on revocation lists."""
+
+    async def received(self, body: bytes | None) -> None:
+        """Put them in force; None: there are none any more. Raises IdentityError: they cannot be used."""
+        ...
+
+
 async def _nobody_else(_: bytes, __: int) -> None:
     """Nobody else has a store of the same mesh."""
 
@@ -123,6 +133,7 @@ class DiscoveryClient:
         headers: Sequence[tuple[str, str]] = (),
         applied: Callable[[], None] = lambda: None,
         spread: Callable[[bytes, int], Awaitable[None]] = _nobody_else,
+        revocations: RevocationSink | None = None,
         wall: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
@@ -139,6 +150,7 @@ class DiscoveryClient:
             headers: `XDS_HEADER_*`.
             applied: Called after each response that changed something and when the stream is lost; must not wait.
             spread: Gets each response that was applied, and the number of its resources, before it is acknowledged.
+            revocations: Gets revocation lists; None: they are not asked for.
             wall: Wall clock, seconds since 1970.
             rng: Spreads reconnects.
         """
@@ -152,6 +164,7 @@ class DiscoveryClient:
         self._headers = tuple(headers)
         self._applied = applied
         self._spread = spread
+        self._revocations = revocations
         self._wall = wall
         self._rng = rng or random.Random()  # jitter, no secret
         self._versions: dict[str, dict[str, str]] = {url: {} for url in TYPES}  # of what was accepted, by name
@@ -273,6 +286,12 @@ class DiscoveryClient:
                 node=self._node, type_url=url, initial_resource_versions=self._versions[url]
             )
             await stream.send(request.SerializeToString())
+        if self._revocations is not None:
+            # By name, which a server that does not know the type passes over.
+            request = discovery_pb2.DeltaDiscoveryRequest(
+                node=self._node, type_url=REVOCATION_TYPE, resource_names_subscribe=[REVOCATION_NAME]
+            )
+            await stream.send(request.SerializeToString())
         self._connected_since = self._wall()
         log.info("discovery stream open")
         limit = trio.current_time() + FIRST_ANSWER_TIMEOUT
@@ -295,6 +314,10 @@ class DiscoveryClient:
         url = response.type_url
         self._metrics.xds_message(url, sum(len(item.resource.value) for item in response.resources))
         answer = discovery_pb2.DeltaDiscoveryRequest(type_url=url, response_nonce=response.nonce)
+        if url == REVOCATION_TYPE and self._revocations is not None:
+            await self._take_revocations(response, answer, self._revocations)
+            await stream.send(answer.SerializeToString())
+            return
         if url not in TYPES:
             # Acknowledged as the Rust ztunnel does: a refusal would not make the server stop either.
             log.error("response of a type that we did not ask for", type_url=url)
@@ -318,6 +341,26 @@ class DiscoveryClient:
         if self._acknowledged.issuperset(TYPES):
             self.ready.set()
         self._applied()
+
+    async def _take_revocations(
+        self,
+        response: discovery_pb2.DeltaDiscoveryResponse,
+        answer: discovery_pb2.DeltaDiscoveryRequest,
+        sink: RevocationSink,
+    ) -> None:
+        """Put lists in force, or say in `answer` why not."""
+        body: bytes | None = None
+        for item in response.resources:
+            if item.name == REVOCATION_NAME:
+                body = item.resource.value
+        if body is None and REVOCATION_NAME not in response.removed_resources:
+            return  # nothing new in it
+        try:
+            await sink.received(body)
+        except IdentityError as error:
+            self._rejected += 1
+            answer.error_detail.message = f"{REVOCATION_NAME}: {error}"[:MAX_NACK]
+            log.warning("revocation lists rejected; those before stay in force", error=str(error))
 
     async def _apply(self, response: discovery_pb2.DeltaDiscoveryResponse) -> Sequence[RejectedResource]:
         """Put in force what is good; returns what was refused."""

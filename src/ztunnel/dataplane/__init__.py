@@ -29,7 +29,7 @@ from ztunnel.errors import Drained
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from ztunnel.config import Config
     from ztunnel.logs import AccessLog
@@ -171,6 +171,10 @@ class Dataplane:
     def recheck(self, change: Change) -> None:
         """Ask the policies about live connections again; called for each change of the store."""
         self.connections.recheck(change)
+
+    def when_recalled(self, call: Callable[[], object]) -> None:
+        """Call once every tunnel was held against the revocation lists as they are now; at once where all were."""
+        self._recall.when_done(call)
 
     async def drain(self) -> None:
         """Accept nothing further, tell tunnels, and let connections finish until the deadline of the configuration."""

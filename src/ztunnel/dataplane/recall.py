@@ -55,6 +55,7 @@ class Recall:
         self._metrics = metrics
         self._nothing = RevocationLists()
         self._left: Iterator[tuple[str, Tunnel]] | None = None
+        self._when_done: list[Callable[[], object]] = []
         self._unsubscribe = source.subscribe(self._changed) if source is not None else None
 
     @property
@@ -76,9 +77,16 @@ class Recall:
             return True
         return self._check(tunnel, reporter)
 
+    def when_done(self, call: Callable[[], object]) -> None:
+        """Call once every tunnel was asked about; at once where all were."""
+        if self._left is None:
+            call()
+        else:
+            self._when_done.append(call)
+
     def close(self) -> None:
         """Ask no more."""
-        self._left = None
+        self._end()
         if self._unsubscribe is not None:
             self._unsubscribe()
             self._unsubscribe = None
@@ -103,7 +111,13 @@ class Recall:
             if clock() >= end:
                 self._reactor.later(self._check_some)
                 return
+        self._end()
+
+    def _end(self) -> None:
         self._left = None
+        calls, self._when_done = self._when_done, []
+        for call in calls:
+            call()
 
     def on_fault(self) -> None:
         """A fault of ours at one tunnel; the others are asked about all the same."""

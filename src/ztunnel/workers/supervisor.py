@@ -13,6 +13,7 @@ import trio
 
 from hbone.daemon import logs
 from hbone.errors import HboneError
+from ztunnel.control.revocation import pack_lists
 from ztunnel.control.svids import Backoff
 from ztunnel.dataplane import SocketCalls, options_of
 from ztunnel.dataplane.listener import open_listeners
@@ -127,6 +128,7 @@ class Supervisor:
             xds_headers=(),
             ca_headers=(),
             state_dir=None,
+            crl_path=None,
             local_xds_path=None,
             local_xds=self._mesh.local_text,
             window_budget=config.window_budget // len(self._places),
@@ -143,6 +145,7 @@ class Supervisor:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the workers running until cancelled; on a drain, until they ended."""
         unsubscribe = self._mesh.svids.subscribe(self._rotated)
+        forget_lists = self._mesh.revocations.subscribe(self._lists_changed)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -154,6 +157,7 @@ class Supervisor:
                 nursery.cancel_scope.cancel()
         finally:
             unsubscribe()
+            forget_lists()
             self._nursery = None
             self.close()
 
@@ -264,6 +268,8 @@ class Supervisor:
             link.send_snapshot(self._mesh.store.snapshot_in_slices())
             for body in self._removed_from_local():
                 link.send(Kind.DELTA, body)
+            if self._mesh.revocations.current:
+                link.send(Kind.REVOCATIONS, pack_lists(self._mesh.revocations.current))
             link.send(Kind.IDENTITY, pack_identity(self._mesh.svids.current()))
             if self._stopping.is_set():
                 link.send(Kind.DRAIN)
@@ -360,9 +366,15 @@ class Supervisor:
         return False
 
     def _rotated(self, identity: Identity) -> None:
-        body = pack_identity(identity)
+        self._tell(Kind.IDENTITY, pack_identity(identity))
+
+    def _lists_changed(self) -> None:
+        self._tell(Kind.REVOCATIONS, pack_lists(self._mesh.revocations.current))
+
+    def _tell(self, kind: Kind, body: bytes) -> None:
+        """Tell all; who does not take it in time is killed."""
         for link in self._links():
-            number = link.send(Kind.IDENTITY, body)
+            number = link.send(kind, body)
             if self._nursery is not None:
                 self._nursery.start_soon(self._confirm, link, number, self._patience(0))
 

@@ -59,6 +59,8 @@ class Kind(enum.IntEnum):
     """Say what the body asks for."""
     DRAIN = 10
     """Accept nothing further, let connections finish, and end."""
+    REVOCATIONS = 11
+    """All revocation lists, as `pack_lists` gives them."""
 
     DONE = 20
     """Of a worker: the message of this number is in force."""
@@ -70,7 +72,7 @@ class Kind(enum.IntEnum):
     """Of a worker: the answer to the REPORT of this number."""
 
 
-IN_ORDER = frozenset({Kind.SNAPSHOT, Kind.DELTA, Kind.IDENTITY, Kind.ACCEPT})
+IN_ORDER = frozenset({Kind.SNAPSHOT, Kind.DELTA, Kind.IDENTITY, Kind.REVOCATIONS, Kind.ACCEPT})
 """What a worker does one after the other, and answers by DONE."""
 
 

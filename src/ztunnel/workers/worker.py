@@ -18,6 +18,7 @@ import trio
 
 from hbone.daemon import logs
 from ztunnel.control.apply import apply
+from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import FETCH_TIMEOUT, NoCertificate
 from ztunnel.dataplane import Dataplane, Reactor
 from ztunnel.logs import AccessLog
@@ -135,6 +136,7 @@ class Worker:
         self.store = Store()
         self.metrics = WorkerMetrics(memory, self._announce)
         self.identity = ReceivedIdentity(lambda: self._send(Message(Kind.FETCH)))
+        self.revocations = Revocations()
         config = setup.config
         self.dataplane = Dataplane(
             reactor,
@@ -143,6 +145,7 @@ class Worker:
             self.identity,
             self.metrics,
             AccessLog(policy_at_info=config.policy_info_logging),
+            revocations=self.revocations,
         )
         self._sock = sock
         self._out: collections.deque[bytes] = collections.deque()
@@ -214,6 +217,9 @@ class Worker:
                 await self._checked()
             elif kind is Kind.IDENTITY:
                 self.identity.received(message.body)
+            elif kind is Kind.REVOCATIONS:
+                await self.revocations.received_all(message.body)
+                await self._recalled()
             elif kind is Kind.ACCEPT and not self._drain.is_set():
                 self.dataplane.start()
             log.debug("change in force", worker=self.number, what=kind.name.lower(), bytes=len(message.body))
@@ -233,6 +239,12 @@ class Worker:
         checked = trio.Event()
         self.dataplane.connections.when_checked(checked.set)
         await checked.wait()
+
+    async def _recalled(self) -> None:
+        """Wait until every live tunnel was held against the lists."""
+        recalled = trio.Event()
+        self.dataplane.when_recalled(recalled.set)
+        await recalled.wait()
 
     def _on_change(self, change: Change) -> None:
         served = self.setup.config.served

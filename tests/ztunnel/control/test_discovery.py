@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.control_plane import START, ScriptedControlPlane, ScriptedStream, wall
 
+from hbone.errors import IdentityError
 from hbone.grpc import GrpcError, StatusCode
 from ztunnel.control.discovery import DiscoveryClient, make_node
+from ztunnel.control.revocation import REVOCATION_TYPE
 from ztunnel.control.transport import ControlPlaneError, TokenSource
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, Change, Store
 from ztunnel.wire import authorization_pb2, workload_pb2
@@ -62,7 +64,7 @@ class Counters:
 class Bench:
     """A discovery client on a scripted control plane."""
 
-    def __init__(self, applied: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, applied: Callable[[], None] = lambda: None, revocations: Sink | None = None) -> None:
         self.control = ScriptedControlPlane()
         self.store = Store()
         self.counters = Counters()
@@ -82,6 +84,7 @@ class Bench:
             cluster_id="c1",
             headers=[("X-Mesh", "m")],
             applied=applied,
+            revocations=revocations,
             wall=wall,
             rng=random.Random(3),
         )
@@ -406,3 +409,51 @@ def test_any_payload_is_accepted_or_rejected_and_the_stream_goes_on(payload: byt
             nursery.cancel_scope.cancel()
 
     trio.run(converse)
+
+
+# Revocation lists
+
+
+class Sink:
+    """Takes lists; refuses `bad`."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes | None] = []
+
+    async def received(self, body: bytes | None) -> None:
+        await trio.lowlevel.checkpoint()
+        if body == b"bad":
+            raise IdentityError("revocation list 1 cannot be parsed")
+        self.bodies.append(body)
+
+
+async def test_revocation_lists_are_taken_acknowledged_and_refused(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    sink = Sink()
+    bench = Bench(revocations=sink)
+    nursery.start_soon(bench.client.run)
+    stream = await bench.opened()
+    subscribed = await stream.request()
+    assert (subscribed.type_url, list(subscribed.resource_names_subscribe)) == (REVOCATION_TYPE, ["mesh"])
+    answers = []
+    for resources, removed in (
+        ([("mesh", "1", b"lists")], []),
+        ([("mesh", "2", b"bad")], []),
+        ([("another", "3", b"x")], []),
+        ([], []),
+        ([], ["mesh"]),
+    ):
+        stream.respond(REVOCATION_TYPE, resources, removed=removed, nonce="r")
+        answers.append(await stream.request())
+    assert sink.bodies == [b"lists", None]
+    assert [answer.error_detail.message for answer in answers] == [
+        "",
+        "mesh: revocation list 1 cannot be parsed",
+        "",
+        "",
+        "",
+    ]
+    assert {(answer.type_url, answer.response_nonce) for answer in answers} == {(REVOCATION_TYPE, "r")}
+    assert not bench.client.ready.is_set()  # the picture of the mesh is what it waits for
+    assert bench.client.status().rejected == 1
