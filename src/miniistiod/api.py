@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from miniistiod import auth
 from miniistiod.callers import Callers
 from miniistiod.certificates import CREATE_CERTIFICATE, CertificateService
+from miniistiod.registrar import Registrar
 from miniistiod.streams import DELTA, STATE_OF_THE_WORLD, Discovery
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ class Api:
     ) -> None:
         callers = Callers(auth.Authenticator(store, issuers), metrics)
         certificates = CertificateService(config, authority, mesh, callers, metrics)
-        self.discovery = Discovery(store, mesh, metrics, authority, callers)
+        self.registrar = Registrar(store, mesh, config.cluster_id, grace=config.registration_grace.total_seconds())
+        self.discovery = Discovery(store, mesh, metrics, authority, callers, self.registrar)
         self.handlers: dict[str, Callable[[Any], Awaitable[None]]] = {
             CREATE_CERTIFICATE: certificates.create,
             DELTA: self.discovery.delta,
             STATE_OF_THE_WORLD: self.discovery.state_of_the_world,
         }
         authority.on_change(self.discovery.authority_changed)
+        authority.on_change(self.registrar.authority_changed)

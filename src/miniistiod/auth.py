@@ -15,9 +15,10 @@ from hbone.identity import SpiffeId
 from miniistiod import tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from miniistiod.store import IssuedCertificate, Redemption, TokenRecord
+    from ztunnel.wire import discovery_pb2
 
 __all__ = [
     "Authenticator",
@@ -32,6 +33,7 @@ __all__ = [
     "check_node",
     "parse_node_id",
     "problem",
+    "read_node",
 ]
 
 
@@ -262,6 +264,13 @@ class Node:
     namespace: str = ""
     service_account: str = ""
     node_name: str = ""
+    ip: str = ""
+    addresses: tuple[str, ...] = ()
+    network: str = ""
+    locality: str = ""
+    group: str = ""
+    """The WorkloadGroup that it wants to be registered in."""
+    labels: Mapping[str, str] = attrs.Factory(dict)
 
 
 class BadNode(HboneError):
@@ -287,10 +296,34 @@ def parse_node_id(node_id: str, metadata: dict[str, str]) -> Node:
     return Node(
         id=node_id,
         kind=parts[0],
+        ip=parts[1],
         name=metadata.get("NAME", ""),
         namespace=metadata.get("NAMESPACE") or parts[3].partition(".")[0],
         service_account=metadata.get("SERVICE_ACCOUNT", ""),
         node_name=metadata.get("NODE_NAME", ""),
+    )
+
+
+def read_node(message: discovery_pb2.Node) -> Node:
+    """What the first request of a stream says of its sender.
+
+    Raises:
+        BadNode: the node id cannot be parsed.
+
+    Source: istiod's node metadata (INSTANCE_IPS, NETWORK, LABELS, AUTO_REGISTER_GROUP).
+    """
+    fields = message.metadata.fields
+    texts = {key: value.string_value for key, value in fields.items()}
+    place = message.locality
+    locality = "/".join((place.region, place.zone, place.sub_zone)).rstrip("/")
+    labels = fields["LABELS"].struct_value.fields if "LABELS" in fields else {}
+    return attrs.evolve(
+        parse_node_id(message.id, texts),
+        addresses=tuple(filter(None, (text.strip() for text in texts.get("INSTANCE_IPS", "").split(",")[:16]))),
+        network=texts.get("NETWORK", ""),
+        locality=locality if locality.count("/") <= 2 and len(locality) <= 253 else "",
+        group=texts.get("AUTO_REGISTER_GROUP", ""),
+        labels={key: value.string_value for key, value in labels.items() if value.HasField("string_value")},
     )
 
 

@@ -18,10 +18,10 @@ from ztunnel.wire import ca_pb2, workload_pb2
 if TYPE_CHECKING:
     from miniistiod.authority import Authority
     from miniistiod.callers import Call, Callers
+    from miniistiod.catalog import Catalog
     from miniistiod.config import Config
     from miniistiod.mesh import Mesh
     from miniistiod.metrics import Metrics
-    from miniistiod.catalog import Catalog
 
 __all__ = ["CREATE_CERTIFICATE", "CertificateService", "accounts_on"]
 

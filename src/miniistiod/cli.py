@@ -106,6 +106,9 @@ def _add_run(commands: Any) -> None:
     )
     command.add_argument("--default-ttl", default="24h", metavar="TIME", help="lifetime of a certificate (24h)")
     command.add_argument("--max-ttl", default="90d", metavar="TIME", help="more than this is refused (90d)")
+    command.add_argument(
+        "--registration-grace", default="10s", metavar="TIME", help="how long a registered machine may be away (10s)"
+    )
     command.add_argument("--log-format", choices=("plain", "json", "console"), help="console on a terminal, else plain")
     command.add_argument("--log-level", default="info", choices=("trace", "debug", "info", "warn", "error", "off"))
 
@@ -123,6 +126,7 @@ def _run(arguments: argparse.Namespace) -> int:
         names=tuple(arguments.name),
         default_lifetime=_lifetime(arguments.default_ttl),
         max_lifetime=_lifetime(arguments.max_ttl),
+        registration_grace=_lifetime(arguments.registration_grace),
     )
     if not (config.state_dir / DATABASE).exists():
         watch.scan(config.config_dir)  # a wrong path is told at once, and no root is made for it
@@ -230,7 +234,7 @@ def _add_get(commands: Any) -> None:
         "miniistiod get workloads --state state/",
         "miniistiod get certificates --state state/ --json",
     )
-    command.add_argument("what", choices=("workloads", "services", "policies", "certificates", "subscribers"))
+    command.add_argument("what", choices=tuple(_COLUMNS))
     add_state(command)
     command.add_argument("--json", action="store_true")
 
@@ -291,6 +295,12 @@ def _certificate(item: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _registration(item: dict[str, Any]) -> tuple[str, ...]:
+    since = item["connected"] if item["state"] == "connected" else item["disconnected"] or item["connected"]
+    name = f"{item['namespace']}/{item['name']}"
+    return name, item["group"], item["address"], item["service_account"], item["state"], when(since)
+
+
 def _subscriber(item: dict[str, Any]) -> tuple[str, ...]:
     rejected = [kind["rejected"] for kind in item["types"].values() if kind["rejected"]]
     return item["node"], item["identity"], item["remote"], when(item["since"]), rejected[0] if rejected else "-"
@@ -301,6 +311,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str,
     "services": (("SERVICE", "ADDRESS", "PORTS"), _service),
     "policies": (("POLICY", "ACTION", "SCOPE", "RULES"), _policy),
     "certificates": (("SERIAL", "IDENTITY", "ISSUED", "EXPIRES", "STATE", "CALLER"), _certificate),
+    "registrations": (("MACHINE", "GROUP", "ADDRESS", "ACCOUNT", "STATE", "SINCE"), _registration),
     "subscribers": (("NODE", "IDENTITY", "FROM", "SINCE", "REJECTED"), _subscriber),
 }
 

@@ -62,6 +62,11 @@ def _lifetimes(_: object, attribute: attrs.Attribute[Any], value: datetime.timed
         )
 
 
+def _grace(_: object, attribute: attrs.Attribute[Any], value: datetime.timedelta) -> None:
+    if not datetime.timedelta(0) <= value <= datetime.timedelta(days=1):
+        raise ConfigurationError(f"{attribute.name} is {value}; it must be from 0 to a day")
+
+
 @attrs.frozen(kw_only=True)
 class Config:
     """What a control plane is made of."""
@@ -92,6 +97,8 @@ class Config:
     """First part of a workload's uid; stock ztunnels expect this default."""
     cluster_domain: str = "cluster.local"
     """Suffix of the host names of Service documents."""
+    registration_grace: datetime.timedelta = attrs.field(default=datetime.timedelta(seconds=10), validator=_grace)
+    """How long a machine that registered itself may be away before it is taken out of the mesh."""
     debounce: Debounce = attrs.Factory(Debounce)
     """When a change of the documents counts."""
 

@@ -87,6 +87,7 @@ class Mesh:
         """Machines that registered themselves."""
         self._listeners: dict[object, Callable[[], None]] = {}
         self._present: dict[object, tuple[Node, Caller]] = {}
+        self._followers: list[Callable[[], None]] = []
         self._told: tuple[int, tuple[str, ...]] = (-1, ())
         self.status = Status(since=time.time())
         self.fingerprint: watch.Fingerprint | None = None
@@ -165,6 +166,13 @@ class Mesh:
             warnings=self.status.warnings,
         )
 
+        for follow in self._followers:
+            follow()
+
+    def follow(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called whenever other documents came in force, whether or not they changed the catalog."""
+        self._followers.append(callback)
+
     def _plan(self, restored: bool, present: list[tuple[Node, Caller]]) -> Plan:
         delta = self._loader.delta()
         for node, caller in present:
@@ -232,6 +240,22 @@ class Mesh:
         """A WorkloadEntry of the documents in force, or of a machine that registered itself."""
         found = self._registry.documents.get(("WorkloadEntry", namespace, name))
         return found if isinstance(found, WorkloadEntry) else None
+
+    @property
+    def network(self) -> str:
+        """The network that is meant where none is named."""
+        return self._registry.network
+
+    async def marks_changed(self) -> None:
+        """The state's marks may have been changed by a command: bring the mesh in line with them."""
+        async with self._lock:
+            marks = await trio.to_thread.run_sync(self._store.marks)
+            changed = [key for key in {**marks, **self._marks} if marks.get(key) != self._marks.get(key)]
+            for key in changed:
+                self._marks.pop(key, None)
+            self._marks.update({key: marks[key] for key in changed if key in marks})
+            if changed:
+                await self._change({}, touched=[("WorkloadEntry", *key) for key in changed])
 
     # -- machines that register themselves
 

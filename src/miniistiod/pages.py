@@ -46,6 +46,7 @@ def monitoring_app(mesh: Mesh, metrics: Metrics, refresh: Callable[[], None]) ->
 
 def admin_app(mesh: Mesh, store: Store, api: Api) -> App:
     """Debug pages as JSON, for `miniistiod get` and for people."""
+
     async def ready() -> Any:
         return {**mesh.status.to_json(), "warnings": list(await mesh.warnings())}
 
@@ -56,6 +57,7 @@ def admin_app(mesh: Mesh, store: Store, api: Api) -> App:
         "/policies": lambda: _policies(mesh),
         "/certificates": lambda: [attrs.asdict(item) for item in store.certificates(time.time())],
         "/subscribers": lambda: _subscribers(api),
+        "/registrations": api.registrar.describe,
         "/state": lambda: json.loads(store.describe()),
     }
 

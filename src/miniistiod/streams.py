@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from hbone.daemon.logs import get_logger
 from hbone.grpc import GrpcError, StatusCode
 from miniistiod import auth
-from miniistiod.callers import remote_of
+from miniistiod.callers import host_of, remote_of
 from miniistiod.discovery import (
     ADDRESS,
     AUTHORIZATION,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from miniistiod.callers import Call, Callers
     from miniistiod.mesh import Mesh
     from miniistiod.metrics import Metrics
+    from miniistiod.registrar import Registrar
     from miniistiod.store import Store
 
 __all__ = ["DELTA", "STATE_OF_THE_WORLD", "Discovery"]
@@ -70,12 +71,21 @@ class _Stream:
 class Discovery:
     """Handlers of both discovery methods, and the streams that are open."""
 
-    def __init__(self, store: Store, mesh: Mesh, metrics: Metrics, authority: Authority, callers: Callers) -> None:
+    def __init__(
+        self,
+        store: Store,
+        mesh: Mesh,
+        metrics: Metrics,
+        authority: Authority,
+        callers: Callers,
+        registrar: Registrar,
+    ) -> None:
         self._store = store
         self._mesh = mesh
         self._metrics = metrics
         self._authority = authority
         self._callers = callers
+        self._registrar = registrar
         self._numbers = itertools.count(1)
         self.streams: dict[str, _Stream] = {}
 
@@ -120,6 +130,7 @@ class Discovery:
             self._mesh.listen(stream_id, lambda: stream.wake.set())
             _log.info("ztunnel connected", node=node.id, identity=str(caller.identity), by=caller.how, stream=stream_id)
             try:
+                await self._registrar.connected(stream_id, node, caller, host_of(call))
                 await self._mesh.present(stream_id, node, caller)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._read, stream, call, first)
@@ -127,6 +138,7 @@ class Discovery:
                     nursery.cancel_scope.cancel()
             finally:
                 self._mesh.forget(stream_id)
+                self._registrar.disconnected(stream_id)
                 del self.streams[stream_id]
                 self._metrics.streams.set(len(self.streams))
                 _log.info("ztunnel disconnected", node=node.id, stream=stream_id)
@@ -154,9 +166,8 @@ class Discovery:
     def _node(self, first: _Request, caller: auth.Caller, call: Call) -> auth.Node:
         if not first.HasField("node") or not first.node.id:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, "missing node information")
-        fields = {key: value.string_value for key, value in first.node.metadata.fields.items()}
         try:
-            node = auth.parse_node_id(first.node.id, fields)
+            node = auth.read_node(first.node)
             auth.check_node(node, caller)
         except auth.BadNode as error:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, str(error)) from None

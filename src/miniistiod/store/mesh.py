@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from miniistiod.registry import HboneMark
-from miniistiod.store.records import Registration
+from miniistiod.store.records import Registration, StaleAuthorityError
 from miniistiod.store.tokens import TokenState
 
 if TYPE_CHECKING:
@@ -119,9 +119,15 @@ class MeshState(TokenState):
         found = (_registration(row) for row in self._rows(f"SELECT {_REGISTRATION} FROM registrations"))
         return {item.key: item for item in found}
 
-    def register(self, registration: Registration) -> None:
-        """Remember a machine, or what is new about it."""
+    def register(self, registration: Registration, generation: int | None = None) -> None:
+        """Remember a machine, or what is new about it.
+
+        Raises:
+            StaleAuthorityError: `generation` is not the present one: it may have been revoked meanwhile.
+        """
         with self._transaction() as connection:
+            if generation not in (None, self.generation):
+                raise StaleAuthorityError
             connection.execute(
                 f"INSERT OR REPLACE INTO registrations ({_REGISTRATION}) VALUES ({', '.join('?' * 14)})",
                 (
