@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from ztunnel.control.revocation import REVOCATION_TYPE
 from ztunnel.wire import ca_pb2, discovery_pb2
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class ScriptedStream:
 
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = dict(metadata)
+        self.revocations_wanted: list[list[str]] = []
         self._to_server, self._requests = trio.open_memory_channel[bytes](100)
         self._to_client, self._responses = trio.open_memory_channel[bytes | None | Exception](100)
 
@@ -116,8 +118,12 @@ class ScriptedStream:
         return response
 
     async def request(self) -> discovery_pb2.DeltaDiscoveryRequest:
-        """What the client sends next."""
-        return discovery_pb2.DeltaDiscoveryRequest.FromString(await self._requests.receive())
+        """What the client sends next; that it wants revocation lists is only noted."""
+        while True:
+            request = discovery_pb2.DeltaDiscoveryRequest.FromString(await self._requests.receive())
+            if request.type_url != REVOCATION_TYPE or request.response_nonce:
+                return request
+            self.revocations_wanted.append(list(request.resource_names_subscribe))
 
     async def opening(self) -> dict[str, discovery_pb2.DeltaDiscoveryRequest]:
         """The first request of each of the two types."""

@@ -461,3 +461,24 @@ async def test_a_drain_ends_every_process(tmp_path: Path) -> None:
             await ztunnel.until_ready()
             processes = await pids(ztunnel)
     assert not [pid for pid in processes if runs(pid)]
+
+
+# revocation lists
+
+
+def test_what_revocation_lists_refused_outlives_a_worker() -> None:
+    memory = make_memory()
+    page = Page(memory)
+    try:
+        metrics = WorkerMetrics(memory, lambda _: None)
+        metrics.crl_rejected("source")
+        metrics.crl_rejected("destination")
+        metrics.crl_rejected("destination")
+        metrics.crl_untracked("destination")
+        total = Counts()
+        total.add(page.last_counts()[0])
+        total.add(page.counts())
+    finally:
+        page.close()
+    assert total.crl_rejected == {"source": 2, "destination": 4}
+    assert total.crl_untracked == {"destination": 2}
