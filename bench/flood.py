@@ -2,7 +2,7 @@
 
     python -m bench.flood HOST PORT CERT KEY ROOTS AUTHORITY
 
-It ends with its standard input, and says then what it got rid of.
+It says when it got through for the first time, ends with its standard input, and says then what it got rid of.
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ def ended() -> bool:
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
-def attack(context: ssl.SSLContext, where: tuple[str, int], flood: Iterator[bytes]) -> int:
+def attack(context: ssl.SSLContext, where: tuple[str, int], flood: Iterator[bytes], first: bool) -> int:
     """One connection; the bytes that it got rid of."""
     sent = 0
     until = time.monotonic() + PATIENCE
     with contextlib.suppress(OSError):
         with socket.create_connection(where, timeout=PATIENCE) as plain, context.wrap_socket(plain) as sock:
             sock.sendall(PREFACE + frames.settings({4: 1 << 20}))
+            if first:
+                print("through", flush=True)
             for piece in flood:
                 sock.sendall(piece)
                 sent += len(piece)
@@ -82,7 +84,7 @@ def main(arguments: list[str]) -> None:
     for kind in itertools.cycle(KINDS):
         if ended():
             break
-        nbytes += attack(context, (host, int(port)), kind(authority))
+        nbytes += attack(context, (host, int(port)), kind(authority), not nbytes)
         connections += 1
         time.sleep(PAUSE)
     print(json.dumps({"connections": connections, "bytes": nbytes}), flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from bench.envoys import BINARY, Credentials, EnvoyPair
 from bench.errors import BenchError
 from bench.figures import DIRECT, OURS
 from bench.measure import resident, spawn
-from hbone.testing.envoy import EnvoyPorts, free_port
+from hbone.testing.envoy import EnvoyPorts
 from hbone.testing.hosts import NamespaceHost
 from hbone.testing.mesh import CONTROL_PLANE, Daemon, Mesh, mesh
 
@@ -149,10 +150,10 @@ async def stage(directory: Path, name: StageName, plan: Plan) -> AsyncIterator[S
         contextlib.AsyncExitStack() as stack,
     ):
         alpha, beta = running.hosts["alpha"], running.hosts["beta"]
-        ports = EnvoyPorts()
+        ports = envoy_ports(alpha, beta)
         _prepare(running, ports)
         await _application(beta, list({*PORTS.values()}), stack)
-        environment = {"ZTUNNEL_WORKER_THREADS": str(plan.workers)} if plan.workers > 1 else {}
+        environment = {"ZTUNNEL_WORKER_THREADS": str(plan.workers)}
         if name == "tunnels":
             environment["POOL_MAX_STREAMS_PER_CONNECTION"] = "1"
             environment["POOL_UNUSED_RELEASE_TIMEOUT"] = "100ms"
@@ -176,6 +177,29 @@ async def stage(directory: Path, name: StageName, plan: Plan) -> AsyncIterator[S
             load=[*alpha.command(sys.executable), "-m", "bench.load"],
             versions=versions,
         )
+
+
+def free_port(first: int, *addresses: str) -> int:
+    """The next port from `first` that none of the addresses uses; below those that connections get by themselves.
+
+    Raises:
+        BenchError: a hundred are taken.
+    """
+    for port in range(first, first + 100):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for address in addresses:
+                stack.enter_context(socket.create_server((address, port)))
+            return port
+    raise BenchError(f"the ports {first} to {first + 99} are taken")
+
+
+def envoy_ports(*hosts: Host) -> EnvoyPorts:
+    """Where the Envoys of these hosts can listen."""
+    addresses = [] if any(isinstance(host, NamespaceHost) for host in hosts) else [host.address for host in hosts]
+    ports = EnvoyPorts()
+    ports.hbone, ports.outbound = free_port(12_000, *addresses), free_port(12_300, *addresses)
+    ports.admin = free_port(12_600, "127.0.0.1")
+    return ports
 
 
 def _envoy_version() -> str:
@@ -269,7 +293,7 @@ async def _envoys(
         started.append(time.perf_counter() - began)
         pids.insert(0, daemon.pid)
         if not running.namespaces:
-            ports.admin = free_port()  # both stand on one loopback
+            ports.admin = free_port(12_600, "127.0.0.1")  # both stand on one loopback
     job = {"host": beta.address, "port": PORTS[ENVOY]}
     if not running.namespaces:
         job = {"host": alpha.address, "port": ports.outbound}

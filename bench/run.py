@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -87,9 +87,7 @@ class LoadProcess:
         assert stdout is not None
         stdin.write(json.dumps(job | {"until": until}).encode() + b"\n")
         stdin.flush()
-        line = b""
-        with trio.move_on_after(seconds + 180):
-            line = await trio.to_thread.run_sync(stdout.readline, abandon_on_cancel=True)
+        line = await _line(stdout, seconds + 180)
         if not line:
             raise BenchError(f"{runner} through {peer.name}: no answer from the load process")
         answer: dict[str, Any] = json.loads(line)
@@ -247,9 +245,16 @@ async def _flooded(outcome: Outcome, running: Stage, load: LoadProcess) -> None:
             progress(f"round {number + 1}/{plan.rounds}: a hostile peer at {peer.name}")
             async with _hostile(running, peer) as result:
                 sample = await load.turn(peer, workload, plan.seconds)
-            if not result:
-                raise BenchError(f"the hostile peer of {peer.name} did not get through")
+            if not result.get("bytes"):
+                raise BenchError(f"the hostile peer of {peer.name} got rid of nothing")
             outcome.add(workload.name, peer.name, sample)
+
+
+async def _line(stream: IO[bytes], timeout: float = 30.0) -> bytes:
+    """A line that a process of the bench writes; empty when it ended, or wrote none within `timeout` seconds."""
+    with trio.move_on_after(timeout):
+        return await trio.to_thread.run_sync(stream.readline, abandon_on_cancel=True)
+    return b""
 
 
 @contextlib.asynccontextmanager
@@ -267,15 +272,11 @@ async def _hostile(running: Stage, peer: Peer) -> AsyncIterator[dict[str, int]]:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        await trio.sleep(0.3)
+        if not await _line(process.stdout):
+            raise BenchError(f"the hostile peer of {peer.name} did not get through")
         yield result
         process.stdin.close()
-        line = b""
-        with trio.move_on_after(10):
-            line = await trio.to_thread.run_sync(process.stdout.readline, abandon_on_cancel=True)
-        found = json.loads(line) if line else {}
-        if found.get("bytes"):
-            result |= found
+        result |= json.loads(await _line(process.stdout) or b"{}")
     finally:
         process.kill()
         process.wait()

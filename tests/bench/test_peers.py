@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from bench.envoys import CLIENT, bootstrap
 from bench.errors import BenchError
 from bench.load import percentile
 from bench.measure import HostLoad, cpu, descendants, resident
-from bench.peers import named, policies
+from bench.peers import free_port, named, policies
 
 from hbone.testing.envoy import EnvoyPorts
 from ztunnel.mesh import decide
@@ -161,3 +162,9 @@ def test_an_error_is_one_sentence_and_a_fault_is_raised(capsys: pytest.CaptureFi
     assert ended_by(BaseExceptionGroup("", [error, KeyboardInterrupt()])) == 130
     with pytest.raises(ExceptionGroup):
         ended_by(ExceptionGroup("", [error, ValueError()]))
+
+
+def test_a_port_in_use_is_passed_over() -> None:
+    with socket.create_server(("127.0.0.1", free_port(13_000, "127.0.0.1"))) as taken:
+        port = taken.getsockname()[1]
+        assert free_port(port, "127.0.0.1") > port
