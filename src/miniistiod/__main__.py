@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,15 +23,19 @@ EXTRA = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        from miniistiod.cli import main as run
-    except ModuleNotFoundError as error:
-        package = EXTRA.get((error.name or "").partition(".")[0])
-        if package is None:
-            raise
-        sys.stderr.write(f"miniistiod: {package} is not installed; pip install 'hbone[miniistiod]'\n")
-        return 2
-    return run(argv)
+    # Some are imported when they are first used, when it is too late to say so.
+    package = next((package for module, package in EXTRA.items() if find_spec(module) is None), None)
+    if package is None:
+        try:
+            from miniistiod.cli import main as run
+        except ModuleNotFoundError as error:
+            package = EXTRA.get((error.name or "").partition(".")[0])
+            if package is None:
+                raise
+        else:
+            return run(argv)
+    sys.stderr.write(f"miniistiod: {package} is not installed; pip install 'hbone[miniistiod]'\n")
+    return 2
 
 
 if __name__ == "__main__":

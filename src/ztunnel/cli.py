@@ -20,10 +20,10 @@ from hbone.daemon import logs
 from hbone.errors import ConfigurationError
 from ztunnel import reach
 from ztunnel.client import DaemonAway, ask
-from ztunnel.config import DEFAULT_STATE_DIR, Config
+from ztunnel.config import DEFAULT_ROOT, DEFAULT_STATE_DIR, Config
 from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import enroll, settings
-from ztunnel.control.transport import ControlPlaneError, ServerAddress, Unreachable
+from ztunnel.control.transport import ControlPlaneError, RootSource, ServerAddress, TokenSource, Unreachable
 from ztunnel.wire.token import MAX_TOKEN_LENGTH, parse_enrolment_token
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _parser() -> Parser:
 def _run(_: argparse.Namespace) -> int:
     config = settings(os.environ)
     config.served  # noqa: B018 - a missing workload is named now, before anything starts
+    _check_files(config)
     terminal = sys.stdout.isatty()
     format_ = config.log_format if config.log_format != "auto" else "console" if terminal else "json"
     logs.configure(format_, config.log_level)  # type: ignore[arg-type]  # the settings allow these names only
@@ -120,6 +121,33 @@ def _run(_: argparse.Namespace) -> int:
         if state is not None:
             state.release()
     return ExitCode.DONE
+
+
+def _check_files(config: Config) -> None:
+    """Read once what the settings name, so that a wrong path is told now; later a file may come and go.
+
+    Raises:
+        ConfigurationError: a file of roots, or the token, cannot be used.
+    """
+    for variable, setting in (("CA_ROOT_CA", config.ca_root_ca), ("XDS_ROOT_CA", config.xds_root_ca)):
+        if setting == DEFAULT_ROOT or (variable == "XDS_ROOT_CA" and not config.xds_address):
+            continue
+        try:
+            RootSource(setting, default=Path(DEFAULT_ROOT), variable=variable).load()
+        except ControlPlaneError as error:
+            raise ConfigurationError(f"{variable} cannot be used: {error}") from None
+    token = config.auth_token
+    if not token:
+        return
+    try:
+        if token.startswith(("/", "./", "../")):  # no token begins like that
+            TokenSource(path=Path(token)).read()
+        else:
+            source = TokenSource.from_setting(token, Path())
+            if source is not None:
+                source.read()
+    except ControlPlaneError as error:
+        raise ConfigurationError(f"AUTH_TOKEN cannot be used: {error}") from None
 
 
 def _state(config: Config) -> StateDir | None:

@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
     from ztunnel.mesh.address import Address, IpAddress
 
-__all__ = ["DEFAULT_STATE_DIR", "Config", "Variable", "WorkloadInfo", "supported_variables"]
+__all__ = ["DEFAULT_ROOT", "DEFAULT_STATE_DIR", "Config", "Variable", "WorkloadInfo", "supported_variables"]
 
 DEFAULT_STATE_DIR = Path("/var/lib/ztunnel")
-_DEFAULT_ROOT = "./var/run/secrets/istio/root-cert.pem"
+DEFAULT_ROOT = "./var/run/secrets/istio/root-cert.pem"
 
 
 @attrs.frozen
@@ -119,10 +119,10 @@ class Config:
         shown="istiod's in a cluster, else https://localhost:15012",
     )
     xds_root_ca: str = setting(
-        _DEFAULT_ROOT, env="XDS_ROOT_CA", meaning="roots for discovery: a file, `SYSTEM`, or PEM text"
+        DEFAULT_ROOT, env="XDS_ROOT_CA", meaning="roots for discovery: a file, `SYSTEM`, or PEM text"
     )
     ca_root_ca: str = setting(
-        _DEFAULT_ROOT, env="CA_ROOT_CA", meaning="roots for the CA: a file, `SYSTEM`, or PEM text"
+        DEFAULT_ROOT, env="CA_ROOT_CA", meaning="roots for the CA: a file, `SYSTEM`, or PEM text"
     )
     alt_xds_hostname: str | None = setting(
         None, env="ALT_XDS_HOSTNAME", meaning="a further name that the discovery server's certificate may have"

@@ -142,7 +142,10 @@ def parse_servers(value: str) -> tuple[Address, ...]:
         host, colon, port = text.rpartition(":")
         if not colon or (":" in host and not text.startswith("[")) or text.endswith("]"):
             host, port = text, "53"
-        servers.append((parse_address(host[1:-1] if host.startswith("[") else host), parse_port(port)))
+        number = parse_port(port)
+        if not number:
+            raise ValueError("a server's port is at least 1")
+        servers.append((parse_address(host[1:-1] if host.startswith("[") else host), number))
     return tuple(servers)
 
 

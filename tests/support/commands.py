@@ -144,7 +144,7 @@ class Case:
         """Run it: one sentence on standard error, the exit code, and no file more or less than before."""
         self.prepare(directory)
         before = _tree(directory)
-        done = shell.run(self.argv, directory, environ=self.environ, stdin=self.stdin)
+        done = shell.run(self.argv, directory, environ=self.environ, stdin=self.stdin, seconds=8.0)
         self.judge(done)
         if not self.leaves:
             assert _tree(directory) == before
