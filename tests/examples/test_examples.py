@@ -31,9 +31,18 @@ def test_echo_names_both_peers() -> None:
     assert "'hello over HBONE' came back" in done.stdout
 
 
+def test_a_web_application_knows_who_calls() -> None:
+    done = run("-m", "examples.asgi_httpx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "shopper: 200 welcome, spiffe://cluster.local/ns/demo/sa/shopper",
+        "stranger: 403 not for you, spiffe://cluster.local/ns/demo/sa/stranger",
+    ]
+
+
 def test_every_example_is_run_by_a_test() -> None:
     programs = {path.stem if path.is_file() else path.name for path in (ROOT / "examples").iterdir()}
-    assert programs - {"__init__", "__pycache__"} == {"echo", "demo", "two_hosts"}
+    assert programs - {"__init__", "__pycache__"} == {"echo", "asgi_httpx", "demo", "two_hosts"}
 
 
 @pytest.mark.netns

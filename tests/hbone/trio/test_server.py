@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pathlib
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +19,6 @@ from hbone.admission import Admission
 from hbone.errors import ConnectionLost, HboneError
 
 if TYPE_CHECKING:
-    import pathlib
     from collections.abc import AsyncIterator
 
     from trio.testing import MockClock
@@ -46,39 +47,37 @@ async def serving(handler: Any = echo, **options: Any) -> AsyncIterator[int]:
         nursery.cancel_scope.cancel()
 
 
-async def test_the_programs_of_the_readme(tmp_path: pathlib.Path) -> None:
-    for name in ("client", "orders"):
-        issued = ca().issue(uris=[f"spiffe://cluster.local/ns/shop/sa/{name}"])
+async def test_the_programs_of_the_readme_run_as_they_stand(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for account, name in (("orders", "server"), ("web", "client")):
+        issued = ca().issue(uris=[f"spiffe://cluster.local/ns/shop/sa/{account}"])
         (tmp_path / f"{name}.pem").write_bytes(issued.cert_pem)
         (tmp_path / f"{name}.key").write_bytes(issued.key_pem)
     (tmp_path / "root.pem").write_bytes(ca().root_pem)
-
-    def files(name: str) -> hbone.FileSource:
-        return hbone.FileSource(
-            cert=str(tmp_path / f"{name}.pem"), key=str(tmp_path / f"{name}.key"), roots=str(tmp_path / "root.pem")
-        )
-
-    seen: list[tuple[str, str, bytes]] = []
-
-    async def handler(stream: hbone.trio.HboneStream) -> None:
-        data = b""
-        async for part in stream:
-            data += part
-        seen.append((str(stream.peer), str(stream.request.authority), data))
-
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    readme = pathlib.Path(__file__).parents[3] / "README.md"
+    program = readme.read_text().split("```python\n", 1)[1].split("```", 1)[0]
+    # Only where the server is differs from what a reader types.
+    program = program.replace('("10.0.0.7", 15008)', f'("127.0.0.1", {port})').replace("port=15008", f"port={port}")
+    names: dict[str, Any] = {}
+    exec(compile(program, readme, "exec"), names)
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(
-            functools.partial(hbone.trio.serve, handler, files("orders"), port=0, authorize=hbone.same_trust_domain)
-        )
-        port = listeners[0].socket.getsockname()[1]
-        async with hbone.trio.ConnectionPool(files("client")) as pool:
-            stream = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
-            await stream.send_all(b"hello")
-        with trio.fail_after(5):
-            while not seen:
-                await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.start_soon(names["serve"])
+        with trio.fail_after(10):
+            while True:
+                try:
+                    await names["main"]()
+                    break
+                except ConnectionLost:
+                    await trio.testing.wait_all_tasks_blocked(0.01)  # it does not listen yet
         nursery.cancel_scope.cancel()
-    assert seen == [("spiffe://cluster.local/ns/shop/sa/client", "10.0.0.7:8080", b"hello")]
+    said = capsys.readouterr().out.splitlines()
+    assert "spiffe://cluster.local/ns/shop/sa/web 10.0.0.7:8080" in said
+    assert "b'hello'" in said
 
 
 async def test_megabytes_both_ways_over_sockets() -> None:
