@@ -121,9 +121,7 @@ class Config:
     xds_root_ca: str = setting(
         DEFAULT_ROOT, env="XDS_ROOT_CA", meaning="roots for discovery: a file, `SYSTEM`, or PEM text"
     )
-    ca_root_ca: str = setting(
-        DEFAULT_ROOT, env="CA_ROOT_CA", meaning="roots for the CA: a file, `SYSTEM`, or PEM text"
-    )
+    ca_root_ca: str = setting(DEFAULT_ROOT, env="CA_ROOT_CA", meaning="roots for the CA: a file, `SYSTEM`, or PEM text")
     alt_xds_hostname: str | None = setting(
         None, env="ALT_XDS_HOSTNAME", meaning="a further name that the discovery server's certificate may have"
     )

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from hbone.connect import ConnectRequest
-
     from hbone.identity import SpiffeId
     from ztunnel.mesh.address import Address, GatewayAddress, IpAddress
     from ztunnel.mesh.service import Service
