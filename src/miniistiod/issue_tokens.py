@@ -74,6 +74,10 @@ def create(
         raise ConfigurationError("a reusable token is not bound to a name; leave out --name, or leave out --reusable")
     if node and group:
         raise ConfigurationError("a node's proxy is no workload of a group; leave out --node, or leave out --group")
+    if not group and name is not None:
+        before = store.registrations().get((namespace, name))
+        if before is not None and before.service_account == service_account:
+            group = before.group  # a machine that comes back
     limit = MAX_REUSABLE if reusable else MAX_ONE_TIME
     if lifetime is None:
         lifetime = REUSABLE_LIFETIME if reusable else ONE_TIME_LIFETIME

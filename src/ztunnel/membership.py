@@ -18,7 +18,7 @@ from ztunnel.control.cache import CacheWriter
 from ztunnel.control.discovery import DiscoveryClient, make_node
 from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import SvidManager
-from ztunnel.control.transport import RootSource, ServerAddress, TokenSource, grpc_dialer
+from ztunnel.control.transport import REMEDY, RootSource, ServerAddress, TokenSource, grpc_dialer
 from ztunnel.mesh import SnapshotError, Store
 
 if TYPE_CHECKING:
@@ -129,6 +129,21 @@ class Membership:
             headers=config.ca_headers,
             wall=self._wall,
             warn=lambda text: log.warning("answer of the CA", error=text),
+            remedy=self._remedy(),
+        )
+
+    def _remedy(self) -> str:
+        """How a host comes back that was away for longer than its certificate is valid."""
+        served = self.served
+        address = self.config.ca_address or self.config.xds_address
+        try:
+            server = str(ServerAddress.parse(address, variable="CA_ADDRESS"))
+        except ConfigurationError:
+            return REMEDY  # told elsewhere
+        return (
+            f"on the control plane run 'miniistiod token create --state STATE --namespace {served.namespace}"
+            f" --service-account {served.service_account} --name {served.name}', then here, with ztunnel stopped,"
+            f" 'ztunnel enroll --server {server} --token-file FILE' (or set AUTH_TOKEN), and start it again"
         )
 
     def _discovery(self, token: TokenSource | None, metrics: DiscoveryMetrics, xds: Dial | None) -> DiscoveryClient:
@@ -163,6 +178,7 @@ class Membership:
             revocations=self.revocations if self._check_revocations else None,
             spread=lambda raw, resources: self.spread(raw, resources),
             wall=self._wall,
+            remedy=self._remedy(),
         )
 
     def _read_local(self) -> local_file.LocalFile | None:

@@ -17,7 +17,7 @@ from hbone.errors import HboneError, IdentityError
 from hbone.grpc import GrpcError, GrpcUnavailable
 from hbone.identity import Identity, TrustBundle, X509Svid
 from hbone.identity.svid import svid_id, validity_problem
-from ztunnel.control.transport import ControlPlaneError, Unreachable, refusal, request_metadata
+from ztunnel.control.transport import REMEDY, ControlPlaneError, Unreachable, refusal, request_metadata
 from ztunnel.wire import ca_pb2
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ class CaClient:
         headers: Sequence[tuple[str, str]] = (),
         wall: Callable[[], float] = time.time,
         warn: Callable[[str], None] = lambda _: None,
+        remedy: str = REMEDY,
     ) -> None:
         """Remember how to ask.
 
@@ -183,7 +184,9 @@ class CaClient:
             headers: `CA_HEADER_*`.
             wall: Wall clock, seconds since 1970.
             warn: Gets one sentence for what is wrong but harmless.
+            remedy: How this host gets a certificate when it has nothing to show; for people.
         """
+        self._remedy = remedy
         self._dial = dial
         self._lifetime = lifetime
         self._token = token
@@ -234,7 +237,7 @@ class CaClient:
             raise Unreachable(f"the connection to the CA failed: {error.message}") from error
         except GrpcError as error:
             known = self._token is not None or presented is not None
-            raise ControlPlaneError(f"the CA answered {refusal(error, known)}") from error
+            raise ControlPlaneError(f"the CA answered {refusal(error, known, self._remedy)}") from error
         except (HboneError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise Unreachable(f"the connection to the CA failed: {error}") from error
         try:

@@ -21,7 +21,7 @@ from hbone.errors import HboneError, IdentityError
 from hbone.grpc import GrpcError, GrpcUnavailable
 from ztunnel.control.apply import apply
 from ztunnel.control.revocation import REVOCATION_NAME, REVOCATION_TYPE
-from ztunnel.control.transport import ControlPlaneError, refusal, request_metadata
+from ztunnel.control.transport import REMEDY, ControlPlaneError, refusal, request_metadata
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from ztunnel.wire import discovery_pb2
 
@@ -136,6 +136,7 @@ class DiscoveryClient:
         revocations: RevocationSink | None = None,
         wall: Callable[[], float] = time.time,
         rng: random.Random | None = None,
+        remedy: str = REMEDY,
     ) -> None:
         """Remember how to ask.
 
@@ -153,7 +154,9 @@ class DiscoveryClient:
             revocations: Gets revocation lists; None: they are not asked for.
             wall: Wall clock, seconds since 1970.
             rng: Spreads reconnects.
+            remedy: How this host gets a certificate when it has nothing to show; for people.
         """
+        self._remedy = remedy
         self._dial = dial
         self._store = store
         self._node = node
@@ -269,7 +272,7 @@ class DiscoveryClient:
                 opened = True
                 await self._converse(stream)
         except GrpcError as error:
-            text = refusal(error, presented is not None or self._token is not None)
+            text = refusal(error, presented is not None or self._token is not None, self._remedy)
             if opened and _is_reconnect(error):
                 return "Reconnect", text
             return ("Error" if opened else "ConnectionError"), text

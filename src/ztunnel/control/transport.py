@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONNECT_TIMEOUT",
     "MAX_RESPONSE",
+    "REMEDY",
     "Channel",
     "ControlPlaneError",
     "Dial",
@@ -421,16 +422,20 @@ def keepalive(stream: trio.SocketStream) -> None:
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
 
 
-def refusal(error: GrpcError, introduced: bool) -> str:
+REMEDY = "set AUTH_TOKEN, or run 'ztunnel enroll'"
+
+
+def refusal(error: GrpcError, introduced: bool, remedy: str = REMEDY) -> str:
     """A gRPC status in words.
 
     Args:
         error: The status.
         introduced: Whether a token or a certificate was shown; else that is why, and the remedy is told.
+        remedy: How this host gets one.
     """
     text = f"{error.code.name}: {error.message or 'no reason given'}"
     if error.code is StatusCode.UNAUTHENTICATED and not introduced:
-        text += "; this host has neither a token nor a valid certificate: set AUTH_TOKEN, or run 'ztunnel enroll'"
+        text += f"; this host has neither a token nor a valid certificate: {remedy}"
     return text
 
 
