@@ -15,6 +15,7 @@ from cryptography import x509
 
 from hbone.errors import IdentityError
 from hbone.identity.spiffe import quoted
+from hbone.identity.svid import UNPARSABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,7 +59,9 @@ class RevocationLists:
             try:
                 entry = found, _serials(found)
                 self._by_issuer.setdefault(found.issuer, []).append(entry)
-            except (ValueError, TypeError, x509.UnsupportedGeneralNameType) as error:
+            except IdentityError:
+                raise
+            except UNPARSABLE as error:
                 reason = " ".join(str(error).split())[:100]
                 raise IdentityError(f"a revocation list cannot be parsed: {reason}") from None
 
