@@ -20,7 +20,6 @@ __all__ = ["ADDRESS", "AUTHORIZATION", "Catalog", "Collection", "Entry", "Plan",
 
 ADDRESS = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
-_SERVICE_TAG = 2 << 3 | 2
 MAX_REMOVED = 100_000
 """Removed names that are remembered; a subscriber that lags behind further must connect again."""
 
@@ -65,16 +64,13 @@ class Entry:
     """Of a workload: the names of the services that it serves."""
     node: str = ""
     """Of a workload: the node it is on, when known."""
+    is_service: bool = False
+    """Of an address: not a workload."""
 
     @property
     def body(self) -> bytes:
         """The serialized resource."""
         return self.wire[len(self.wire) - self.size :]
-
-    @property
-    def is_service(self) -> bool:
-        """Of an address: whether it is a service, and not a workload."""
-        return self.wire[len(self.wire) - self.size] == _SERVICE_TAG
 
     def any(self, url: str) -> bytes:
         """As it stands in the field `resources` of a DiscoveryResponse."""
@@ -89,6 +85,7 @@ def entry(
     aliases: tuple[str, ...] = (),
     members: tuple[str, ...] = (),
     node: str = "",
+    is_service: bool = False,
     previous: Mapping[str, Entry],
 ) -> Entry:
     """Serialize a resource; the entry of before when nothing changed."""
@@ -104,7 +101,7 @@ def entry(
         and old.body == body
     ):
         return old
-    return Entry(name, version, encode(url, name, version, body), len(body), aliases, members, node)
+    return Entry(name, version, encode(url, name, version, body), len(body), aliases, members, node, is_service)
 
 
 @attrs.frozen(kw_only=True)
@@ -207,15 +204,19 @@ class Catalog:
             for key in after:
                 index.setdefault(key, {})[new.name] = None  # type: ignore[union-attr]
 
-    def resolve(self, name: str) -> tuple[str, ...]:
-        """Canonical names that a subscription to `name` stands for: itself, or by address a workload or a service.
+    def holders(self, address: str) -> tuple[str, ...]:
+        """Canonical names of what has an address, workloads before services."""
+        names = self.by_alias.get(address, ())
+        if len(names) < 2:
+            return tuple(names)
+        return tuple(sorted(names, key=lambda name: (self.addresses[name].is_service, name)))
 
-        A service brings its workloads along; workloads come before a service of the same address.
+    def resolve(self, name: str) -> tuple[str, ...]:
+        """Canonical names that a subscription to `name` stands for: itself, or what has that address.
+
+        A service brings its workloads along.
         """
-        if name in self.addresses:
-            names: tuple[str, ...] = (name,)
-        else:
-            names = tuple(sorted(self.by_alias.get(name, ()), key=lambda found: self.addresses[found].is_service))
+        names = (name,) if name in self.addresses else self.holders(name)
         services = [found for found in names if found in self.by_service]
         if not services:
             return names

@@ -1,6 +1,6 @@
 """What a client wants that asks for addresses by name, and has of it. Pure.
 
-After a change of the mesh only those names are looked up again whose answer can have changed.
+A change of the mesh costs a client a look at each name that changed, whatever else it has asked for.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from miniistiod.catalog import Catalog
+    from miniistiod.catalog import Catalog, Entry
 
 __all__ = ["OnDemand"]
-
-_NODE = "\0node/"
-"""Stands before a node's name where names are asked for: no resource is called that."""
 
 
 class OnDemand:
     """The subscription of one stream to addresses.
+
+    A resource is wanted when its name or one of its addresses was asked for, when it is a workload of such a service,
+    or when it is on the client's own node. What was asked for by an address is sent under that name too: a ztunnel that
+    waits for an address wakes up by the resource's name only.
 
     Args:
         catalog: the mesh.
@@ -29,39 +30,35 @@ class OnDemand:
 
     def __init__(self, catalog: Catalog, node: str, held: Mapping[str, str]) -> None:
         self._catalog = catalog
+        self._node = node
         self.asked: set[str] = set()
         """Names that the client subscribed to."""
         self.sent: dict[str, str] = dict(held)
         """Resource name to version, as far as the client has it; names as they were sent."""
-        self._answers: dict[str, tuple[str, ...]] = {}
-        """A name that was asked to the names under which it was answered."""
-        self._watched: dict[str, tuple[str, ...]] = {}
-        """A name that was asked to the names in the catalog on which its answer depends."""
-        self._watching: dict[str, set[str]] = {}
+        self._services: set[str] = set()
+        """Services that are wanted, and with them their workloads."""
+        self._place: dict[str, str] = {}
+        """An address that was asked to the resource that it was answered with."""
+        self._placed: dict[str, set[str]] = {}
         """The other way round."""
-        self._wanted: dict[str, int] = {}
-        """Resource name to how many of the names asked bring it along."""
-        self._unwanted: set[str] = set()
-        self._due: set[str] = set()
+        self._due: dict[str, None] = dict.fromkeys(catalog.by_node.get(node, ()) if node else ())
+        """Names to look at, besides those that changed."""
         self._again: set[str] = set()
-        self._own = f"{_NODE}{node}" if node else ""
-        if self._own:
-            self._due.add(self._own)
+        """Names to be answered though the client has them."""
 
     def ask(self, name: str, *, again: bool = True) -> None:
         """Subscribe to a name. With `again` it is answered even if the client has it."""
         self.asked.add(name)
-        self._due.add(name)
+        self._due[name] = None
         if again:
             self._again.add(name)
 
     def give_up(self, name: str) -> None:
         """Unsubscribe from a name."""
         self.asked.discard(name)
-        self._due.discard(name)
         self._again.discard(name)
         self.sent.pop(name, None)
-        self._link(name, (), ())
+        self._due[name] = None
 
     def answer(self, changed: Sequence[str]) -> tuple[list[bytes], list[str]]:
         """What the client is owed.
@@ -72,74 +69,93 @@ class OnDemand:
         Returns:
             Encoded resources, and names that are gone.
         """
-        todo = self._due | self._affected(changed)
-        self._due = set()
-        resources: dict[str, bytes] = {}
-        removed: set[str] = set()
-        for asked in sorted(todo):
-            names = self._resolve(asked)
-            # A ztunnel that waits for an address wakes up by the resource's name only: it gets that name too.
-            alias = (asked,) if names and asked != self._own and asked not in self._catalog.addresses else ()
-            if not names and (asked in self._again or asked in self.sent):
-                removed.add(asked)
-                self.sent.pop(asked, None)
-            self._link(asked, (*names, *alias), names)
-            for name in (*names, *alias):
-                item = self._catalog.addresses[names[0] if name in alias else name]
-                if self.sent.get(name) != item.version or name in self._again:
-                    resources[name] = self._catalog.demanded(item, name)
-                    self.sent[name] = item.version
-        for name in self._unwanted:
-            # What is still there, and nobody asks for any longer, the client may keep, without news of it.
-            if name in self._wanted or name not in self.sent:
-                continue
-            del self.sent[name]
-            if name not in self._catalog.addresses:
-                removed.add(name)
-        self._unwanted.clear()
+        names, addresses = self._affected(changed)
+        for name in list(names):
+            self._find_service(name, names)
+        resources: list[bytes] = []
+        removed: list[str] = []
+        for name in names:
+            self._settle(name, resources, removed)
+        for address in addresses:
+            self._settle_address(address, resources, removed)
+        self._due = {}
         self._again.clear()
-        return list(resources.values()), sorted(removed)
+        return resources, sorted(removed)
 
-    def _resolve(self, asked: str) -> tuple[str, ...]:
-        if asked == self._own:
-            return tuple(self._catalog.by_node.get(asked.removeprefix(_NODE), ()))
-        return self._catalog.resolve(asked)
-
-    def _affected(self, changed: Sequence[str]) -> set[str]:
-        """Names asked whose answer can have changed."""
-        if len(changed) > 4 * len(self.asked) + 16:
-            return {*self.asked, *([self._own] if self._own else [])}
-        found: set[str] = set()
+    def _affected(self, changed: Sequence[str]) -> tuple[dict[str, None], list[str]]:
+        """Names of resources to look at, and addresses that were asked or given up."""
+        known = self._catalog.addresses
+        if len(changed) > 100 + 2 * (len(self.sent) + len(self.asked)):
+            # Most of it is nothing to this client: look at what it has and at what it wants instead.
+            mine = self._catalog.by_node.get(self._node, ()) if self._node else ()
+            self._due.update(dict.fromkeys((*self.asked, *self.sent, *mine, *self._services)))
+            self._services.clear()
+            changed = ()
+        names: dict[str, None] = {}
+        addresses: dict[str, None] = {}
         for name in changed:
-            found |= self._watching.get(name, _NONE)
-            item = self._catalog.addresses.get(name)
-            if item is not None:
-                for key in (*item.aliases, *item.members, f"{_NODE}{item.node}"):
-                    found |= self._watching.get(key, _NONE)
-        return found
+            names[name] = None
+            addresses.update(dict.fromkeys(self._placed.get(name, ())))
+            if name in known:
+                addresses.update((alias, None) for alias in known[name].aliases if alias in self.asked)
+        for name in sorted(self._due):
+            if name in known:
+                names[name] = None
+            else:
+                addresses[name] = None
+        for address in addresses:
+            names.update(dict.fromkeys(self._catalog.holders(address)))
+            if address in self._place:
+                names[self._place[address]] = None
+        return names, list(addresses)
 
-    def _link(self, asked: str, answers: Iterable[str], names: Iterable[str]) -> None:
-        """Note what a name is answered with, and what it depends on; nothing at all where it is given up."""
-        before = self._answers.pop(asked, ())
-        after = tuple(answers)
-        for name in after:
-            self._wanted[name] = self._wanted.get(name, 0) + 1
-        for name in before:
-            self._wanted[name] -= 1
-            if not self._wanted[name]:
-                del self._wanted[name]
-                self._unwanted.add(name)
-        if after:
-            self._answers[asked] = after
-        for key in self._watched.pop(asked, ()):
-            others = self._watching[key]
-            others.discard(asked)
-            if not others:
-                del self._watching[key]
-        if asked in self.asked or asked == self._own:
-            keys = self._watched[asked] = tuple(dict.fromkeys((asked, *names)))
-            for key in keys:
-                self._watching.setdefault(key, set()).add(asked)
+    def _find_service(self, name: str, names: dict[str, None]) -> None:
+        """Where a service begins or ends to be wanted, its workloads are to be looked at too."""
+        item = self._catalog.addresses.get(name)
+        wanted = item is not None and item.is_service and self._asked_for(item)
+        if wanted and name not in self._services:
+            self._services.add(name)
+            names.update(dict.fromkeys(self._catalog.by_service.get(name, ())))
+        elif not wanted and name in self._services:
+            self._services.discard(name)
+            names.update(dict.fromkeys(found for found in self.sent if found in self._catalog.addresses))
 
+    def _asked_for(self, item: Entry) -> bool:
+        return item.name in self.asked or any(alias in self.asked for alias in item.aliases)
 
-_NONE: frozenset[str] = frozenset()
+    def _settle(self, name: str, resources: list[bytes], removed: list[str]) -> None:
+        """Send a resource, or take it back."""
+        item = self._catalog.addresses.get(name)
+        if item is None:
+            if self.sent.pop(name, None) is not None:
+                removed.append(name)
+            return
+        wanted = (
+            self._asked_for(item)
+            or any(service in self._services for service in item.members)
+            or (bool(self._node) and item.node == self._node)
+        )
+        if not wanted:
+            self.sent.pop(name, None)  # the client may keep it, without news of it
+        elif self.sent.get(name) != item.version or name in self._again:
+            resources.append(self._catalog.demanded(item, name))
+            self.sent[name] = item.version
+
+    def _settle_address(self, address: str, resources: list[bytes], removed: list[str]) -> None:
+        """Send what has an address under that name, or take it back."""
+        before = self._place.pop(address, None)
+        if before is not None:
+            self._placed[before].discard(address)
+            if not self._placed[before]:
+                del self._placed[before]
+        holder = next(iter(self._catalog.holders(address)), None) if address in self.asked else None
+        if holder is None:
+            if self.sent.pop(address, None) is not None or address in self._again:
+                removed.append(address)
+            return
+        self._place[address] = holder
+        self._placed.setdefault(holder, set()).add(address)
+        item = self._catalog.addresses[holder]
+        if self.sent.get(address) != item.version or address in self._again:
+            resources.append(self._catalog.demanded(item, address))
+            self.sent[address] = item.version

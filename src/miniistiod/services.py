@@ -60,7 +60,7 @@ def encode(registry: Registry, model: ServiceModel, previous: Mapping[str, Entry
     """A service as a resource."""
     message = of_model(registry, model)
     aliases = tuple(_alias(item) for item in message.addresses)
-    return entry(ADDRESS, pb.Address(service=message), model.name, aliases=aliases, previous=previous)
+    return entry(ADDRESS, pb.Address(service=message), model.name, aliases=aliases, is_service=True, previous=previous)
 
 
 def of_model(registry: Registry, model: ServiceModel) -> pb.Service:

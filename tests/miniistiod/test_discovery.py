@@ -218,7 +218,7 @@ def test_other_types_are_left_unanswered() -> None:
 
 # -- on demand
 
-SERVICE = entry("shop/cart.mesh", aliases=("/10.9.0.1",))
+SERVICE = entry("shop/cart.mesh", aliases=("/10.9.0.1",), is_service=True)
 A = entry(UID + "a", aliases=("/10.0.0.1",), members=("shop/cart.mesh",))
 B = entry(UID + "b", aliases=("/10.0.0.2",), members=("shop/cart.mesh",))
 C = entry(UID + "c", aliases=("/10.0.0.3",), node="n1")
@@ -363,7 +363,9 @@ def test_an_on_demand_client_has_what_it_asked_for_at_its_newest(steps: list[Any
             entry(uid, f"{version}{aliases}{members}{node}", aliases=aliases, members=members, node=node)
             for uid, (version, aliases, members, node) in entries.items()
         ]
-        client.become(mesh([*made, *([entry("shop/s.mesh", aliases=("/10.9.0.1",))] if service else [])]))
+        client.become(
+            mesh([*made, *([entry("shop/s.mesh", aliases=("/10.9.0.1",), is_service=True)] if service else [])])
+        )
         if verb != "take":
             continue
         for response in client.responses():
