@@ -6,6 +6,7 @@ expansion would, and a key given twice is an error instead of a silent choice.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -174,12 +175,19 @@ def _build(text: str) -> Iterator[Value]:
 def _scalar(event: Any, line: int) -> Scalar:
     tag = event.tag
     if tag is None or tag == "!":
-        # PyYAML's resolver has no type hints.
-        tag = _RESOLVER.resolve(yaml.ScalarNode, event.value, event.implicit)  # type: ignore[no-untyped-call]
+        tag = (_tag if len(event.value) < 64 else _tag.__wrapped__)(event.value, event.implicit)
     name = tag.removeprefix("tag:yaml.org,2002:")
     if name == tag:
         raise _Bad(line, f"the tag {tag} has no meaning here", "remove it")
     return Scalar(event.value, line, _KINDS.get(name, "text"))
+
+
+@functools.lru_cache(maxsize=16_384)
+def _tag(text: str, implicit: tuple[bool, bool]) -> str:
+    """The type of a value without one; the same few words come again and again."""
+    # PyYAML's resolver has no type hints.
+    tag: str = _RESOLVER.resolve(yaml.ScalarNode, text, implicit)  # type: ignore[no-untyped-call]
+    return tag
 
 
 def _as_key(value: Value) -> Scalar:
