@@ -245,8 +245,8 @@ def own_settings(**more: Any) -> Config:
 @pytest.mark.parametrize("shares", [2, 4, 8])
 def test_connections_of_one_client_spread_evenly(shares: int) -> None:
     _, found = open_listeners(SocketCalls(), own_settings(), shares)
-    address = found[0]["hbone"].getsockname()
-    assert {share["hbone"].getsockname() for share in found} == {address}
+    address = found[0]["outbound"].getsockname()
+    assert {share["outbound"].getsockname() for share in found} == {address}
     count = 1000
     accepted = [0] * shares
     for _ in range(count):
@@ -254,7 +254,7 @@ def test_connections_of_one_client_spread_evenly(shares: int) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             for number, share in enumerate(found):
                 try:
-                    taken, _peer = share["hbone"]._accept()  # type: ignore[attr-defined]
+                    taken, _peer = share["outbound"]._accept()  # type: ignore[attr-defined]
                 except BlockingIOError:
                     continue
                 os.close(taken)
@@ -268,10 +268,11 @@ def test_connections_of_one_client_spread_evenly(shares: int) -> None:
 
 def test_an_address_that_another_has_is_not_shared_with_it() -> None:
     _, found = open_listeners(SocketCalls(), own_settings(), 2)
-    port = found[0]["hbone"].getsockname()[1]
-    for shares in (1, 2):
-        with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port} .*another program has it"):
-            open_listeners(SocketCalls(), own_settings(hbone_port=port), shares)
+    for what in ("hbone", "outbound"):
+        port = found[0][what].getsockname()[1]
+        for shares in (1, 2):
+            with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port} .*another program has it"):
+                open_listeners(SocketCalls(), own_settings(**{f"{what}_port": port}), shares)
     for share in found:
         for sock in share.values():
             sock.close()

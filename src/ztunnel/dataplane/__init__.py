@@ -129,23 +129,31 @@ class Dataplane:
         transparent, (sockets,) = open_listeners(self._calls, self.config)
         self.adopt(sockets, transparent=transparent)
 
-    def adopt(self, sockets: Mapping[str, socket.SocketType], *, transparent: bool) -> None:
-        """Use sockets that `open_listeners` made, here or in the process that started this one."""
+    def adopt(
+        self, sockets: Mapping[str, socket.SocketType], *, transparent: bool, shared: frozenset[str] = frozenset()
+    ) -> None:
+        """Use sockets that `open_listeners` made, here or in the process that started this one.
+
+        Args:
+            sockets: by purpose.
+            transparent: applications see the client's own address.
+            shared: the purposes whose sockets other processes accept from.
+        """
         self.transparent = self.inbound.transparent = self.passthrough.transparent = transparent
         for what, sock in sockets.items():
-            self.listeners[what] = self._listener(what, sock)
+            self.listeners[what] = self._listener(what, sock, shared=what in shared)
         bound = {listener.address[1] for listener in self.listeners.values()}
         self._plane.own_ports = self.config.own_ports | bound
         self._plane.own_addresses = local_addresses()
 
-    def _listener(self, what: str, sock: socket.SocketType) -> Listener:
+    def _listener(self, what: str, sock: socket.SocketType, *, shared: bool = False) -> Listener:
         accepted = {
             "hbone": self.inbound.accepted,
             "inbound": self.passthrough.accepted,
             "outbound": self.outbound.accepted,
             "socks5": self.socks5.accepted,
         }[what]
-        return Listener(self.reactor, self._calls, sock, accepted)
+        return Listener(self.reactor, self._calls, sock, accepted, shared=shared)
 
     def cover(self, share: int, sockets: Mapping[str, socket.SocketType]) -> None:
         """Accept for a process that is away, until `uncover`."""

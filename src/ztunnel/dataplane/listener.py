@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.sockets import SocketCalls
     from ztunnel.mesh.address import Address, IpAddress
 
-__all__ = ["Listener", "bind", "keeps_sources", "open_listeners"]
+__all__ = ["SHARED", "Listener", "bind", "keeps_sources", "open_listeners"]
+
+SHARED: Final = frozenset({"hbone"})
+"""Sockets that processes share: tunnels are few and live long, and by chance one would get many and another none."""
 
 _BURST: Final = 64
 _MOST_WAITING: Final = 4096
 _REST_SECONDS: Final = 0.2
+_ASIDE_SECONDS: Final = 0.002
 _OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PROBE_SOURCE: Final = parse_ip("192.0.2.1")  # TEST-NET-1: nobody's
 _PROBE_SECONDS: Final = 0.5
@@ -46,6 +50,8 @@ class Listener:
         calls: the socket calls.
         sock: listening; closed by the listener.
         accepted: takes each connection, with its peer, and closes it sooner or later.
+        shared: other processes accept from this very socket. One of them is told of a connection, the one that was
+            idle for longest; whoever took one steps aside for a moment, so that the next goes to another.
     """
 
     def __init__(
@@ -54,27 +60,40 @@ class Listener:
         calls: SocketCalls,
         sock: socket.SocketType,
         accepted: Callable[[socket.SocketType, Address], None],
+        *,
+        shared: bool = False,
     ) -> None:
         self.sock = sock
         self.address: Address = calls.local_address(sock)
         self._reactor = reactor
         self._calls = calls
         self._accepted = accepted
+        self._mask = select.EPOLLIN  # level: what is left over is told again
+        self._limit = _BURST
+        if shared:
+            self._mask |= select.EPOLLEXCLUSIVE
+            self._limit = 1
+        self._shared = shared
         self._burst = 1
         self._turn = -2
+        self._wanted = False
         self._listening = False
         self._closed = False
 
     def start(self) -> None:
         """Begin to accept; until now connections waited in the kernel."""
-        if not self._listening and not self._closed:
+        self._wanted = True
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._wanted and not self._listening and not self._closed:
             self._listening = True
-            self._reactor.add(self.sock.fileno(), self, select.EPOLLIN)  # level: what is left over is told again
+            self._reactor.add(self.sock.fileno(), self, self._mask)
 
     def on_event(self, mask: int) -> None:
         """Connections wait."""
         turn = self._reactor.turns
-        self._burst = min(self._burst * 2, _BURST) if turn == self._turn + 1 else 1
+        self._burst = min(self._burst * 2, self._limit) if turn == self._turn + 1 else 1
         self._turn = turn
         accept = self._calls.accept
         for _ in range(self._burst):
@@ -84,9 +103,14 @@ class Listener:
                 return
             except OSError as exc:
                 if exc.errno in _OUT_OF_DESCRIPTORS:
-                    self._rest(exc)
+                    _log.warning(
+                        "no connection can be accepted for now", listener=address_text(self.address), error=str(exc)
+                    )
+                    self._rest(_REST_SECONDS)
                     return
                 continue  # it was gone before it was accepted
+            if self._shared:
+                self._rest(_ASIDE_SECONDS)
             try:
                 self._accepted(sock, peer)
             except Exception:
@@ -96,21 +120,23 @@ class Listener:
     def on_fault(self) -> None:
         """One connection could not be taken; the listener goes on."""
 
-    def _rest(self, exc: OSError) -> None:
-        _log.warning("no connection can be accepted for now", listener=address_text(self.address), error=str(exc))
-        self._listening = False
-        self._reactor.remove(self.sock.fileno())
-        self._reactor.call_at(self._reactor.now + _REST_SECONDS, self.start)
+    def _rest(self, seconds: float) -> None:
+        self._leave()
+        self._reactor.call_at(self._reactor.now + seconds, self._go_on)
 
-    def pause(self) -> None:
-        """Accept nothing until `start`; connections wait in the kernel."""
+    def _leave(self) -> None:
         if self._listening:
             self._listening = False
             self._reactor.remove(self.sock.fileno())
 
+    def pause(self) -> None:
+        """Accept nothing until `start`; connections wait in the kernel."""
+        self._wanted = False
+        self._leave()
+
     def drain(self) -> None:
         """Take what waits in the kernel, which closing would reset, then close."""
-        if self._listening:
+        if self._wanted and not self._closed:
             for _ in range(_MOST_WAITING):
                 try:
                     sock, peer = self._calls.accept(self.sock)
@@ -140,7 +166,7 @@ def open_listeners(
         calls: the socket calls.
         config: says where.
         shares: processes that accept. With more than one each has sockets of its own on the same addresses, and the
-            kernel deals connections out to them by their four numbers.
+            kernel deals connections out to them by their four numbers; but those of `SHARED` are one for all.
 
     Returns:
         Whether applications see the client's own address, and the sockets of each share.
@@ -168,9 +194,13 @@ def open_listeners(
                     what,
                     transparent=transparent,
                     keepalive=keepalive,
-                    shared=shares > 1,
+                    shared=shares > 1 and what not in SHARED,
                     first=not number,
                 )
+                if what in SHARED:
+                    for other in found:
+                        other[what] = sock
+                    break
                 where = calls.local_address(sock)  # of port 0 the one that was given
     except BaseException:
         for share in found:

@@ -77,7 +77,7 @@ class Starter:
         try:
             os.write(file, pickle.dumps(setup))
             os.lseek(file, 0, os.SEEK_SET)
-            kept = [fd for listeners in setup.listeners for fd in listeners.values()]
+            kept = {fd for listeners in setup.listeners for fd in listeners.values()}
             self._process = subprocess.Popen(
                 [
                     sys.executable,

@@ -21,6 +21,7 @@ from ztunnel.control.apply import apply
 from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import FETCH_TIMEOUT, NoCertificate
 from ztunnel.dataplane import Dataplane, Reactor
+from ztunnel.dataplane.listener import SHARED
 from ztunnel.logs import AccessLog
 from ztunnel.mesh import Store
 from ztunnel.wire import discovery_pb2
@@ -50,7 +51,7 @@ class Setup:
     """Without secrets."""
     transparent: bool
     listeners: tuple[dict[str, int], ...]
-    """Descriptors by purpose, of each worker."""
+    """Descriptors by purpose, of each worker; those of `SHARED` are the same for all."""
     log_format: str
     output_lock: int
     """Descriptor of the file that is locked while lines are written."""
@@ -156,9 +157,12 @@ class Worker:
 
     async def run(self) -> None:
         """Serve until told to drain, or until the parent is gone."""
-        sockets = [_adopt(listeners) for listeners in self.setup.listeners]
+        sockets = [
+            _adopt({what: fd for what, fd in share.items() if number == self.number or what not in SHARED})
+            for number, share in enumerate(self.setup.listeners)
+        ]
         self._others = sockets
-        self.dataplane.adopt(sockets[self.number], transparent=self.setup.transparent)
+        self.dataplane.adopt(sockets[self.number], transparent=self.setup.transparent, shared=SHARED)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read)

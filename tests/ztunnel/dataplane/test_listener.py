@@ -13,11 +13,14 @@ from tests.support.dataplane import ScriptedPoller, scripted_reactor
 from tests.support.pair import fresh_ip
 
 from hbone.errors import ConfigurationError
+from ztunnel.dataplane import Reactor
 from ztunnel.dataplane.listener import Listener, bind, keeps_sources
 from ztunnel.dataplane.sockets import SocketCalls, SocketOptions
 from ztunnel.mesh import parse_ip
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ztunnel.mesh import Address
 
 PEER = (parse_ip("10.0.0.9"), 4000)
@@ -98,6 +101,57 @@ def test_without_descriptors_it_rests_and_begins_again() -> None:
     assert 50_000 in poller.masks
     listener._reactor.turn([(50_000, select.EPOLLIN)])
     assert len(taken) == 1
+
+
+def test_who_took_a_connection_from_a_shared_socket_steps_aside_for_the_others() -> None:
+    ip = fresh_ip()
+    sock = SocketCalls().listen((parse_ip(ip), 0))
+    taken = [0, 0, 0]
+    listeners = []
+    clients = []
+
+    def accepted_by(number: int) -> Callable[[socket.SocketType, Address], None]:
+        def accepted(connection: socket.SocketType, peer: Address) -> None:
+            taken[number] += 1
+            connection.close()
+
+        return accepted
+
+    for number in range(3):
+        own = socket.SocketType(fileno=os.dup(sock.fileno()))
+        reactor = Reactor(clock=lambda: 0.0)
+        listener = Listener(reactor, SocketCalls(), own, accepted_by(number), shared=True)
+        listener.start()
+        listeners.append((reactor, listener))
+    for _ in range(4):
+        for _ in range(3):
+            clients.append(socket.create_connection(sock.getsockname()))
+            for reactor, _listener in listeners:
+                reactor.turn(reactor._poller.poll(0, 16))
+        assert len(set(taken)) == 1
+        for _reactor, listener in listeners:
+            listener.start()  # what the timer calls
+    for client in clients:
+        client.close()
+    for reactor, listener in listeners:
+        listener.close()
+        reactor.dispose()
+    sock.close()
+
+
+def test_a_drain_takes_what_waits_and_a_paused_listener_nothing() -> None:
+    calls = Calls(5)
+    listener, taken, poller = listener_on(calls)
+    listener.pause()
+    assert 50_000 not in poller.masks
+    listener.start()
+    listener.drain()
+    assert len(taken) == 5
+    assert not listener._listening
+    paused, none, _ = listener_on(Calls(5))
+    paused.pause()
+    paused.drain()
+    assert not none
 
 
 def test_a_connection_that_cannot_be_taken_does_not_end_the_listener() -> None:
