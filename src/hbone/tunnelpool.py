@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, TypeVar
 from hbone.errors import ConnectionLost, ErrorCode, HboneError
 from hbone.identity import same_trust_domain
 from hbone.pool import Dial, Ping, Pool, PoolKey, PoolStatistics, Use
-from hbone.session import Contexts, Session, SessionStream, as_peers, as_request, dialing_endpoint
+from hbone.session import Contexts, Session, as_peers, as_request, dialing_endpoint
+from hbone.sessionstream import SessionStream
 from hbone.tls import TlsContext
 
 if TYPE_CHECKING:

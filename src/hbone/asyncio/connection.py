@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hbone.asyncio.stream import TunnelStream
 from hbone.errors import ConnectionLost, ErrorCode, HboneError
-from hbone.session import Session, as_request
+from hbone.session import FLUSH_TIMEOUT, Session, as_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Tunnel"]
 
-FLUSH_TIMEOUT = 1.0
-"""Seconds that the last bytes of a connection may take to leave."""
-
 
 class Tunnel(Session[TunnelStream], asyncio.Protocol):
     """One tunnel. Made by `ConnectionPool` and `serve`.
@@ -28,9 +25,9 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
     Args:
         endpoint: a new endpoint, on the clock of the loop's `time`.
         client: whether we dialled.
-        on_request: server: called with each requested stream.
-        on_unusable: called when the peer takes no further stream, and when the connection is over.
-        on_stream_end: called when a stream is over.
+        on_request: as Session's, and so are the others.
+        on_unusable: its.
+        on_stream_end: its.
     """
 
     def __init__(
@@ -42,25 +39,19 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
         on_unusable: Callable[[Tunnel], None] | None = None,
         on_stream_end: Callable[[Tunnel], None] | None = None,
     ) -> None:
-        super().__init__(endpoint, client=client)
+        super().__init__(
+            endpoint, client=client, on_request=on_request, on_unusable=on_unusable, on_stream_end=on_stream_end
+        )
         self.loop = asyncio.get_running_loop()
         self.established: asyncio.Future[None] = self.loop.create_future()
         """Done when the handshake is complete, or has failed."""
         self.ended: asyncio.Future[None] = self.loop.create_future()
         """Done when the transport is closed."""
-        self._on_request = on_request
-        self._on_unusable = on_unusable
-        self._on_stream_end = on_stream_end
         self._transport: asyncio.Transport | None = None
         self._may_write = True
         self._flushing: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._pongs: list[asyncio.Future[None]] = []
-
-    @property
-    def peer(self) -> SpiffeId | None:
-        """Who is at the other end; None before the handshake is complete."""
-        return self.endpoint.peer
 
     async def connect(
         self, target: str | Authority | ConnectRequest
@@ -89,7 +80,7 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
         Raises:
             ConnectionLost: the tunnel is over.
         """
-        self._check()
+        self.check()
         pong: asyncio.Future[None] = self.loop.create_future()
         self._pongs.append(pong)
         self.engine.ping(self.loop.time())
@@ -99,25 +90,14 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
         finally:
             if pong in self._pongs:
                 self._pongs.remove(pong)
-        self._check()
-
-    def drain(self) -> None:
-        """Tell the peer to open no further stream; the connection ends when those that are open have."""
-        if self.failure is not None:
-            return
-        if not self.endpoint.established:
-            self.close()
-            return
-        self.engine.drain(self.loop.time())
-        self._on_time()
+        self.check()
 
     def close(self) -> None:
-        """End the connection and its streams: GOAWAY and close_notify are sent if the transport takes them."""
+        """As Session's; what was written and has room is sent."""
         for stream in list(self.streams.values()):
             if stream.transport is not None:
                 stream.transport.close()
-            stream.close()
-        self.lose(ConnectionLost("the tunnel was closed by this end"))
+        super().close()
 
     # asyncio's callbacks
 
@@ -126,7 +106,7 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._flush()
-        self._rearm()
+        self.rearm()
 
     def data_received(self, data: bytes) -> None:
         """Ciphertext."""
@@ -141,7 +121,7 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
             self.dispatch(events)
         if self.endpoint.wants_flush:
             self.wake_writer()
-        self._rearm()
+        self.rearm()
 
     def eof_received(self) -> bool:
         """The peer closed."""
@@ -169,10 +149,25 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
 
     # What the session tells
 
+    def now(self) -> float:
+        """The loop's clock."""
+        return self.loop.time()
+
     def wake_writer(self) -> None:
         """Flush once at the end of this turn of the loop, so that frames share records."""
         if self._flushing is None:
             self._flushing = self.loop.call_soon(self._flush)
+
+    def rearm(self) -> None:
+        """Set the timer, or bring it forward."""
+        deadline = None if self.failure is not None else self.endpoint.next_deadline()
+        if deadline is None:
+            return
+        if self._timer is not None:
+            if self._timer.when() <= deadline:
+                return  # too early is harmless, and cheaper than a timer for each packet
+            self._timer.cancel()
+        self._timer = self.loop.call_at(deadline, self._on_time)
 
     def make_stream(self, request: ConnectRequest, peer: SpiffeId) -> TunnelStream:
         """An asyncio stream."""
@@ -182,24 +177,6 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
         """The handshake is complete."""
         if not self.established.done():
             self.established.set_result(None)
-
-    def on_request(self, stream: TunnelStream) -> None:
-        """Hand a requested stream to the server."""
-        if self._on_request is None:
-            stream.reject(405)
-        else:
-            self._on_request(stream)
-
-    def on_finished(self, stream: TunnelStream) -> None:
-        """A stream is over; if it was the last of a drained connection, so is that."""
-        self._rearm()
-        if self._on_stream_end is not None:
-            self._on_stream_end(self)
-
-    def on_draining(self) -> None:
-        """The peer takes no further stream."""
-        if self._on_unusable is not None:
-            self._on_unusable(self)
 
     def on_pong(self) -> None:
         """The peer answered a PING."""
@@ -216,8 +193,6 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._on_unusable is not None:
-            self._on_unusable(self)
         transport = self._transport
         if transport is not None and not transport.is_closing():
             self._may_write = True
@@ -239,16 +214,6 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
         if sent:
             self.unblock()
 
-    def _rearm(self) -> None:
-        deadline = None if self.failure is not None else self.endpoint.next_deadline()
-        if deadline is None:
-            return
-        if self._timer is not None:
-            if self._timer.when() <= deadline:
-                return  # too early is harmless, and cheaper than a timer for each packet
-            self._timer.cancel()
-        self._timer = self.loop.call_at(deadline, self._on_time)
-
     def _on_time(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -256,8 +221,4 @@ class Tunnel(Session[TunnelStream], asyncio.Protocol):
         self.dispatch(self.endpoint.on_time(self.loop.time()))
         if self.endpoint.wants_flush:
             self.wake_writer()
-        self._rearm()
-
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise ConnectionLost(str(self.failure)) from self.failure
+        self.rearm()

@@ -6,9 +6,10 @@ import asyncio
 import functools
 from typing import TYPE_CHECKING, Self, Unpack
 
-from hbone.asyncio.connection import FLUSH_TIMEOUT, Tunnel
+from hbone.asyncio.connection import Tunnel
 from hbone.asyncio.stream import TunnelStream
 from hbone.errors import ConnectionLost
+from hbone.session import FLUSH_TIMEOUT
 from hbone.tunnelpool import TunnelPool
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from hbone.admission import HANDSHAKES
-from hbone.asyncio.connection import FLUSH_TIMEOUT, Tunnel
+from hbone.asyncio.connection import Tunnel
 from hbone.asyncio.stream import HboneTransport
 from hbone.endpoint import Endpoint
 from hbone.errors import ErrorCode, HboneError
-from hbone.session import Contexts
+from hbone.session import FLUSH_TIMEOUT, Contexts
 from hbone.tls import TlsContext
 
 if TYPE_CHECKING:

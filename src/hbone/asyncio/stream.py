@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from hbone.errors import ErrorCode, HboneError
-from hbone.session import SessionStream
+from hbone.sessionstream import SessionStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from hbone.errors import ConnectionLost, ErrorCode, HboneError
-from hbone.session import Session, as_request
+from hbone.session import FLUSH_TIMEOUT, Session, as_request
 from hbone.trio.stream import HboneStream
 
 if TYPE_CHECKING:
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     from hbone.endpoint import Endpoint
     from hbone.identity import SpiffeId
 
-__all__ = ["FLUSH_TIMEOUT", "Connection"]
+__all__ = ["Connection"]
 
 _RECEIVE = 128 * 1024
-FLUSH_TIMEOUT = 1.0
-"""Seconds that the last bytes of a connection, GOAWAY, an alert or close_notify, may take to leave."""
 
 
 class Connection(Session[HboneStream]):
@@ -36,9 +34,9 @@ class Connection(Session[HboneStream]):
         transport: what carries the ciphertext; the connection owns it from now on.
         endpoint: a new endpoint, on the clock of `trio.current_time`.
         client: whether we dialled.
-        on_request: server: called with each requested stream; it may start a task and must return at once.
-        on_unusable: called when the peer takes no further stream, and when the connection is over.
-        on_stream_end: called when a stream is over.
+        on_request: as Session's, and so are the others.
+        on_unusable: its.
+        on_stream_end: its.
     """
 
     def __init__(
@@ -51,22 +49,16 @@ class Connection(Session[HboneStream]):
         on_unusable: Callable[[Connection], None] | None = None,
         on_stream_end: Callable[[Connection], None] | None = None,
     ) -> None:
-        super().__init__(endpoint, client=client)
+        super().__init__(
+            endpoint, client=client, on_request=on_request, on_unusable=on_unusable, on_stream_end=on_stream_end
+        )
         self.transport = transport
-        self._on_request = on_request
-        self._on_unusable = on_unusable
-        self._on_stream_end = on_stream_end
         self._to_send = trio.lowlevel.ParkingLot()
         self._settled = trio.Event()
         self._ended = trio.Event()
         self._pong = trio.Event()
         self._scope = trio.CancelScope()
         self._timer = trio.CancelScope()
-
-    @property
-    def peer(self) -> SpiffeId | None:
-        """Who is at the other end; None before the handshake is complete."""
-        return self.endpoint.peer
 
     async def run(self, *, task_status: trio.TaskStatus[Connection] = trio.TASK_STATUS_IGNORED) -> None:
         """Drive the connection until it is over, then close the transport; `started` after the handshake.
@@ -115,30 +107,11 @@ class Connection(Session[HboneStream]):
         Raises:
             ConnectionLost: the tunnel is over.
         """
-        self._check()
+        self.check()
         self.engine.ping(trio.current_time())
         self.wake_writer()
         await self._pong.wait()
-        self._check()
-
-    def drain(self) -> None:
-        """Tell the peer to open no further stream; the connection ends when those that are open have."""
-        if self.failure is not None:
-            return
-        if not self.endpoint.established:
-            self.close()
-            return
-        now = trio.current_time()
-        self.engine.drain(now)
-        self.dispatch(self.endpoint.on_time(now))
-        self.wake_writer()
-        self._rearm()
-
-    def close(self) -> None:
-        """End the connection and its streams now: GOAWAY and close_notify are sent if the transport takes them."""
-        for stream in list(self.streams.values()):
-            stream.close()
-        self.lose(ConnectionLost("the tunnel was closed by this end"))
+        self.check()
 
     async def aclose(self) -> None:
         """`close`, and wait until the last bytes have left, at most a second; at once when cancelled."""
@@ -150,9 +123,19 @@ class Connection(Session[HboneStream]):
 
     # What the session tells
 
+    def now(self) -> float:
+        """Trio's clock."""
+        return trio.current_time()
+
     def wake_writer(self) -> None:
         """There is something to send."""
         self._to_send.unpark_all()
+
+    def rearm(self) -> None:
+        """Bring the timer forward if need be."""
+        deadline = self.endpoint.next_deadline()
+        if deadline is not None and deadline < self._timer.deadline:
+            self._timer.deadline = deadline
 
     def make_stream(self, request: ConnectRequest, peer: SpiffeId) -> HboneStream:
         """A Trio stream."""
@@ -161,24 +144,6 @@ class Connection(Session[HboneStream]):
     def on_established(self) -> None:
         """The handshake is complete."""
         self._settled.set()
-
-    def on_request(self, stream: HboneStream) -> None:
-        """Hand a requested stream to the server."""
-        if self._on_request is None:
-            stream.reject(405)
-        else:
-            self._on_request(stream)
-
-    def on_finished(self, stream: HboneStream) -> None:
-        """A stream is over; if it was the last of a drained connection, so is that."""
-        self._rearm()
-        if self._on_stream_end is not None:
-            self._on_stream_end(self)
-
-    def on_draining(self) -> None:
-        """The peer takes no further stream."""
-        if self._on_unusable is not None:
-            self._on_unusable(self)
 
     def on_pong(self) -> None:
         """The peer answered a PING."""
@@ -189,8 +154,6 @@ class Connection(Session[HboneStream]):
         """The connection is over: what is queued may still leave, for a moment."""
         self._settled.set()
         self._pong.set()
-        if self._on_unusable is not None:
-            self._on_unusable(self)
         self._scope.deadline = min(self._scope.deadline, trio.current_time() + FLUSH_TIMEOUT)
         self.wake_writer()
 
@@ -217,7 +180,7 @@ class Connection(Session[HboneStream]):
                 return
             if endpoint.wants_flush:
                 self.wake_writer()
-            self._rearm()
+            self.rearm()
 
     async def _send(self) -> None:
         endpoint = self.endpoint
@@ -245,16 +208,7 @@ class Connection(Session[HboneStream]):
             if self.endpoint.wants_flush:
                 self.wake_writer()
 
-    def _rearm(self) -> None:
-        deadline = self.endpoint.next_deadline()
-        if deadline is not None and deadline < self._timer.deadline:
-            self._timer.deadline = deadline
-
     def _lose(self, what: str, cause: BaseException | None) -> None:
         lost = ConnectionLost(f"{what}: {cause}" if cause is not None and str(cause) else what)
         lost.__cause__ = cause
         self.lose(lost)
-
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise ConnectionLost(str(self.failure)) from self.failure

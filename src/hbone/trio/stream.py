@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from hbone.errors import ErrorCode, HboneError
-from hbone.session import SessionStream
+from hbone.sessionstream import SessionStream
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -83,7 +83,7 @@ class HboneStream(SessionStream, trio.abc.HalfCloseableStream):
             raise ValueError(f"max_bytes is {limit}; it must be at least 1")
         with self._receiving:
             self._answer_200()
-            if self._buffer or self._read_ended or self.closed or self.failure is not None:
+            if self._buffer or self.read_ended or self.closed or self.failure is not None:
                 await trio.lowlevel.checkpoint()
             else:
                 await self._readable.park()
