@@ -15,6 +15,7 @@ KIB = 1024
 MIB = 1024 * 1024
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|ms|s|m|h|d)")
+_LONGEST = 100 * 365 * 86_400.0
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -22,12 +23,15 @@ def parse_duration(text: str) -> float:
     """Seconds of a duration such as `10s`, `250ms`, `1h30m` or `90d`.
 
     Raises:
-        ConfigurationError: another form, or a bare number.
+        ConfigurationError: another form, a bare number, or more than a hundred years.
     """
     parts = _DURATION.findall(text.strip())
     if not parts or "".join(n + u for n, u in parts) != text.strip():
         raise ConfigurationError(f"{text!r} is not a duration; write a number and a unit, for example 10s, 5m or 1h30m")
-    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if seconds > _LONGEST:
+        raise ConfigurationError(f"{text[:40]!r} is over a hundred years; no duration is that long")
+    return seconds
 
 
 def between(low: float, high: float) -> Any:  # attrs' validator type is a protocol over Any

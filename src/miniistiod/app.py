@@ -53,7 +53,7 @@ def open_state(config: Config) -> Store:
                 wanted = load(watch.read(config.config_dir)).mesh.trust_domain
         return Store.create(
             config.state_dir,
-            wanted or DEFAULT_TRUST_DOMAIN,
+            DEFAULT_TRUST_DOMAIN if wanted is None else wanted,
             datetime.datetime.now(datetime.UTC),
             root=config.ca_dir is None,
         )

@@ -19,6 +19,7 @@ from hbone.config import parse_duration
 from hbone.daemon import logs
 from hbone.errors import ConfigurationError
 from miniistiod import admin_client, commands_authority, commands_tokens, expiry, lint, watch
+from miniistiod.ca import DEFAULT_LIFETIME
 from miniistiod.commandline import PROGRAM, add_command, add_state, example, table, when
 from miniistiod.config import Config, parse_address
 from miniistiod.registry import Registry
@@ -104,7 +105,7 @@ def _add_run(commands: Any) -> None:
     command.add_argument(
         "--name", action="append", default=[], metavar="HOST", help="a name or address that hosts dial; may be repeated"
     )
-    command.add_argument("--default-ttl", default="24h", metavar="TIME", help="lifetime of a certificate (24h)")
+    command.add_argument("--default-ttl", metavar="TIME", help="lifetime of a certificate (24h)")
     command.add_argument("--max-ttl", default="90d", metavar="TIME", help="more than this is refused (90d)")
     command.add_argument(
         "--registration-grace", default="10s", metavar="TIME", help="how long a registered machine may be away (10s)"
@@ -114,6 +115,13 @@ def _add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    longest = _lifetime(arguments.max_ttl)
+    usual = DEFAULT_LIFETIME if arguments.default_ttl is None else _lifetime(arguments.default_ttl)
+    if arguments.default_ttl is not None and usual > longest:
+        raise CommandError(
+            f"--default-ttl is {arguments.default_ttl}, over the --max-ttl of {arguments.max_ttl}; lower the one or"
+            " raise the other"
+        )
     config = Config(
         config_dir=arguments.config,
         state_dir=arguments.state,
@@ -124,8 +132,8 @@ def _run(arguments: argparse.Namespace) -> int:
         listen=parse_address(arguments.listen, 15012),
         monitoring=parse_address(arguments.monitoring, 15014),
         names=tuple(arguments.name),
-        default_lifetime=_lifetime(arguments.default_ttl),
-        max_lifetime=_lifetime(arguments.max_ttl),
+        default_lifetime=usual,
+        max_lifetime=longest,
         registration_grace=_lifetime(arguments.registration_grace),
     )
     if not (config.state_dir / DATABASE).exists():

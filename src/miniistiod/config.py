@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def parse_address(text: str, default_port: int) -> Address:
         ConfigurationError: another form, or a port beyond 65535.
     """
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]*))(?::([0-9]{1,5}))?", text)
-    if match is None or (match[3] is not None and int(match[3]) > 65_535):
+    if not text or match is None or (match[3] is not None and int(match[3]) > 65_535):
         raise ConfigurationError(f"{text!r} is not an address; write HOST:PORT, for example 10.0.0.1:{default_port}")
     host = match[1] or match[2] or "0.0.0.0"  # every address: the caller asked for none in particular
     return Address(host, default_port if match[3] is None else int(match[3]))
@@ -105,5 +106,5 @@ class Config:
     def __attrs_post_init__(self) -> None:
         if self.default_lifetime > self.max_lifetime:
             object.__setattr__(self, "default_lifetime", self.max_lifetime)
-        if self.config_dir.resolve() == self.state_dir.resolve():
+        if os.path.realpath(self.config_dir) == os.path.realpath(self.state_dir):
             raise ConfigurationError("config_dir and state_dir are the same directory; the state must be a private one")
