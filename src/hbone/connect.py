@@ -49,6 +49,7 @@ _VALUE = re.compile(rb"(?![ \t])[^\x00\r\n]*(?<![ \t])")
 _VISIBLE = re.compile(rb"[\t\x20-\x7e]*")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _FORWARDED_VALUE = re.compile(r"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]+")  # visible, but none of " , ; \
+_FORWARDED_FOR = re.compile(rb'for="([0-9a-f.:\[\]]+)"')  # as it mostly is: an address alone
 _BAGGAGE_VALUE = re.compile(r"[\x21-\x2b\x2d-\x3c\x3e-\x7e]+")  # visible, but neither , nor =
 _REFUSED = frozenset(
     {
@@ -263,17 +264,16 @@ def new_traceparent() -> str:
     return f"00-{ids[:32]}-{ids[32:]}-00"
 
 
-def _only(values: list[bytes], limit: int = MAX_TELEMETRY) -> bytes | None:
-    """The value of a field that may stand once; of several, none is believed."""
-    if len(values) != 1 or len(values[0]) > limit or not _VISIBLE.fullmatch(values[0]):
-        return None
-    return values[0]
+def _is_believed(value: bytes) -> bool:
+    return len(value) <= MAX_TELEMETRY and _VISIBLE.fullmatch(value) is not None
 
 
 def _forwarded(field: bytes | None) -> tuple[str | None, str | None]:
     """`for=` and `host=` of a `forwarded` field, each without its quotes. Source: RFC 7239 §4; ztunnel's subset."""
-    if field is None:
+    if field is None or not _is_believed(field):
         return None, None
+    if alone := _FORWARDED_FOR.fullmatch(field):
+        return alone[1].decode("ascii"), None
     found: dict[str, str] = {}
     for part in field.decode("ascii").split(";"):
         key, equals, value = part.strip().partition("=")
@@ -316,9 +316,17 @@ class ConnectRequest:
         method: bytes | None = None
         authority: bytes | None = None
         host: bytes | None = None
-        telemetry: dict[bytes, list[bytes]] = {}
+        telemetry: dict[bytes, bytes] = {}
+        repeated: list[tuple[bytes, bytes]] = []
         regular = False
         for name, value in headers:
+            if name in _TELEMETRY and _VALUE.fullmatch(value):
+                regular = True
+                if name not in telemetry:
+                    telemetry[name] = value
+                else:
+                    repeated.append((name, value))
+                continue
             if name[:1] == b":":
                 if regular:
                     raise BadConnect(f"the pseudo-header {_shown(name)} stands after another field")
@@ -332,9 +340,7 @@ class ConnectRequest:
             regular = True
             if not _VALUE.fullmatch(value):
                 raise BadConnect(f"the value of {_shown(name)} holds NUL, CR or LF, or begins or ends with a space")
-            if name in _TELEMETRY:
-                telemetry.setdefault(name, []).append(value)
-            elif not _NAME.fullmatch(name):
+            if not _NAME.fullmatch(name):
                 raise BadConnect(f"the field name {_shown(name)} is malformed; only a token in lower case is allowed")
             elif name in _REFUSED:
                 raise BadConnect(f"the field {_shown(name)} has no place in a CONNECT over HTTP/2")
@@ -352,19 +358,23 @@ class ConnectRequest:
             where = _parse_authority(authority)
         except AuthorityError as error:
             raise BadConnect(str(error)) from error
-        if not telemetry:
-            return cls(authority=where)
-        forwarded_for, forwarded_host = _forwarded(_only(telemetry.get(b"forwarded", [])))
-        traceparent = _only(telemetry.get(b"traceparent", []), limit=55)
-        network = _only(telemetry.get(b"x-forwarded-network", []))
         baggage = telemetry.get(b"baggage")
+        members: tuple[bytes, ...] = () if baggage is None else (baggage,)
+        for name, value in repeated:  # all of baggage counts; of the others, none is believed
+            if name == b"baggage":
+                members += (value,)
+            else:
+                telemetry.pop(name, None)
+        forwarded_for, forwarded_host = _forwarded(telemetry.get(b"forwarded"))
+        traceparent = telemetry.get(b"traceparent")
+        network = telemetry.get(b"x-forwarded-network")
         return cls(
             authority=where,
-            baggage=None if baggage is None else _parse_baggage(tuple(baggage)),
+            baggage=_parse_baggage(members) if members else None,
             forwarded_for=forwarded_for,
             forwarded_host=forwarded_host,
             traceparent=traceparent.decode() if traceparent and _TRACEPARENT.fullmatch(traceparent) else None,
-            network=None if network is None else network.decode(),
+            network=None if network is None or not _is_believed(network) else network.decode(),
         )
 
     def to_headers(self) -> Headers:

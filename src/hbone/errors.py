@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import enum
 
+from hbone.enums import plain_members
+
 __all__ = [
     "ConfigurationError",
     "ConnectRejected",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 
+@plain_members
 class ErrorCode(enum.IntEnum):
     """Why a stream or a connection ended. Source: RFC 9113 §7."""
 

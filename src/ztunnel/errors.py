@@ -10,6 +10,8 @@ import functools
 import http
 from typing import TYPE_CHECKING, ClassVar
 
+from hbone.enums import plain_members
+
 if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
 
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 
+@plain_members
 class ResponseFlag(enum.StrEnum):
     """Value of the metric label `response_flags`. Source: Istio, ztunnel's response flags."""
 

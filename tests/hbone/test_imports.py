@@ -16,6 +16,7 @@ SRC = pathlib.Path(hbone.__file__).parents[1]
 PACKAGES = ("hbone", "ztunnel", "miniistiod")
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("enums",),
     ("errors",),
     ("events", "config", "admission", "commandline"),
     ("connect", "engine", "identity", "openssl", "daemon"),
@@ -37,6 +38,7 @@ PURE = (
     "hbone.connect",
     "hbone.endpoint",
     "hbone.engine",
+    "hbone.enums",
     "hbone.errors",
     "hbone.events",
     "hbone.identity.spiffe",

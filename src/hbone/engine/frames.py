@@ -9,6 +9,8 @@ import enum
 import struct
 from typing import TYPE_CHECKING
 
+from hbone.enums import plain_members
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -63,6 +65,7 @@ PADDED = 0x8
 PRIORITY = 0x20
 
 
+@plain_members
 class FrameType(enum.IntEnum):
     """Types of frame; any other number is ignored. Source: RFC 9113 §6."""
 
@@ -78,6 +81,7 @@ class FrameType(enum.IntEnum):
     CONTINUATION = 0x9
 
 
+@plain_members
 class Setting(enum.IntEnum):
     """Settings with a meaning here; any other is dropped unread. Source: RFC 9113 §6.5.2, RFC 8441 §3."""
 

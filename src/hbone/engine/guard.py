@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 
+from hbone.enums import plain_members
 from hbone.errors import ErrorCode, RemoteProtocolError
 
 __all__ = ["MAX_CONTINUATIONS", "MAX_GOAWAY_SIZE", "MAX_REPLIES", "MAX_REPLY_BYTES", "MAX_SETTINGS", "Flood", "Guard"]
@@ -29,6 +30,7 @@ _UPDATES_PER_FRAME = 10
 _BYTES_PER_EMPTY = 64
 
 
+@plain_members
 class Flood(enum.Enum):
     """What is counted: burst, tokens a second, and the words for it."""
 

@@ -12,6 +12,7 @@ Source: RFC 7541; RFC 9113 §8.2, §8.3.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,8 +42,12 @@ _NAMES = {b":authority": b"\x01", b":method": b"\x02", b":status": b"\x08", b"fo
 """Literals without indexing, up to the value. Source: RFC 7541 §6.2.2, appendix A."""
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_BLANKS = frozenset({b" ", b"\t"})
+_BLANKS = b" \t"
+_FORBIDDEN = b"\r\n\0"
+_STATIC: Headers = HeaderTable.STATIC_TABLE
+_STATIC_SIZE = len(_STATIC)
 _STATUS = re.compile(rb"[1-9][0-9][0-9]")
+_ORDINARY = frozenset({b"baggage", b"forwarded", b"traceparent"})
 _CONNECTION_FIELDS = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path"})
 
@@ -112,12 +117,14 @@ class BlockEncoder:
 class BlockDecoder:
     """Blocks to fields, within limits."""
 
-    __slots__ = ("_max_fields", "_max_size", "_table")
+    __slots__ = ("_last", "_last_block", "_max_fields", "_max_size", "_table")
 
     def __init__(self, max_size: int, max_fields: int) -> None:
         self._max_size = max_size
         self._max_fields = max_fields
         self._table = HeaderTable()
+        self._last_block = b""
+        self._last = HeaderBlock((), too_large=False)
 
     def decode(self, block: bytes) -> HeaderBlock:
         """Decode one whole block.
@@ -126,6 +133,8 @@ class BlockDecoder:
             ProtocolError: COMPRESSION_ERROR, or ENHANCE_YOUR_CALM for a list so large that decoding stopped. The
                 table is out of step with the peer's then, so the connection must end.
         """
+        if block == self._last_block:  # the answers of one server are often the same to the byte
+            return self._last
         try:
             return self._decode(block)
         except (HPACKError, IndexError, ValueError) as error:
@@ -135,6 +144,7 @@ class BlockDecoder:
         fields: list[tuple[bytes, bytes]] = []
         table = self._table
         count = size = position = updates = 0
+        fixed = True  # its meaning does not depend on the table, nor the table on it
         end = len(block)
         while position < end:
             first = block[position]
@@ -144,8 +154,13 @@ class BlockDecoder:
                     position += 1
                 else:
                     index, position = _integer(block, position, 7)
-                name, value = table.get_by_index(index)
+                if 0 < index <= _STATIC_SIZE:
+                    name, value = _STATIC[index - 1]
+                else:
+                    fixed = False
+                    name, value = table.get_by_index(index)
             elif first & 0x60 == 0x20:
+                fixed = False
                 updates += 1
                 new_size, position = _integer(block, position, 5)
                 if count or updates > 2 or new_size > TABLE_SIZE:
@@ -158,12 +173,30 @@ class BlockDecoder:
                     position += 1
                 else:
                     index, position = _integer(block, position, 6 if first & 0x40 else 4)
-                if index:
-                    name = table.get_by_index(index)[0]
+                if not index:
+                    length = block[position]
+                    if length < 0x7F:
+                        start = position + 1
+                        position = start + length
+                        name = block[start:position]
+                    else:
+                        name, position = _string(block, position)
+                elif index <= _STATIC_SIZE:
+                    name = _STATIC[index - 1][0]
                 else:
-                    name, position = _string(block, position)
-                value, position = _string(block, position)
+                    fixed = False
+                    name = table.get_by_index(index)[0]
+                length = block[position]
+                if length < 0x7F:
+                    start = position + 1
+                    position = start + length
+                    value = block[start:position]
+                else:
+                    value, position = _string(block, position)
+                if position > end:
+                    raise ValueError("it ends within a string")
                 if first & 0x40:
+                    fixed = False
                     table.add(name, value)
             count += 1
             size += len(name) + len(value) + FIELD_OVERHEAD
@@ -175,7 +208,11 @@ class BlockDecoder:
                     f" fields; the limits are {self._max_size} and {self._max_fields}",
                     ErrorCode.ENHANCE_YOUR_CALM,
                 )
-        return HeaderBlock(tuple(fields), too_large=count > len(fields))
+        decoded = HeaderBlock(tuple(fields), count > len(fields))
+        if fixed:
+            self._last_block = block
+            self._last = decoded
+        return decoded
 
 
 def _integer(block: bytes, position: int, bits: int) -> tuple[int, int]:
@@ -203,18 +240,22 @@ def _string(block: bytes, position: int) -> tuple[bytes, int]:
 
 
 def _field_fault(headers: Headers, pseudo: frozenset[bytes]) -> str | None:
-    seen: set[bytes] = set()
+    values = b"".join([value for _, value in headers])
+    forbidden = len(values.translate(None, _FORBIDDEN)) != len(values)  # all of them at once, which is cheap
+    seen: list[bytes] = []
     regular = False
     for name, value in headers:
-        if b"\r" in value or b"\n" in value or b"\0" in value or value[:1] in _BLANKS or value[-1:] in _BLANKS:
+        if value.strip(_BLANKS) != value or (forbidden and value.translate(None, _FORBIDDEN) != value):
             return f"the value of {name!r} has a forbidden character"
-        if name.startswith(b":"):
+        if name[:1] == b":":
             if regular or name in seen or name not in pseudo:
                 return f"{name!r} is unknown, repeated or after other fields"
-            seen.add(name)
+            seen.append(name)
             continue
         regular = True
-        if name not in _NAMES and not _NAME.fullmatch(name):
+        if name in _ORDINARY:
+            continue
+        if not _NAME.fullmatch(name):
             return f"{name!r} is no field name in lower case"
         if name in _CONNECTION_FIELDS or (name == b"te" and value != b"trailers"):
             return f"{name!r} belongs to HTTP/1.1"
@@ -224,11 +265,15 @@ def _field_fault(headers: Headers, pseudo: frozenset[bytes]) -> str | None:
 def request_fault(headers: Headers) -> str | None:
     """Why HTTP/2 calls this request malformed; None when it does not. Source: RFC 9113 §8.2, §8.3."""
     fault = _field_fault(headers, _REQUEST_PSEUDO)
-    if fault is None and not any(name == b":method" for name, _ in headers):
-        return "there is no ':method'"
-    return fault
+    if fault is not None:
+        return fault
+    for name, _ in headers:
+        if name == b":method":
+            return None
+    return "there is no ':method'"
 
 
+@functools.lru_cache(maxsize=64)
 def response_status(headers: Headers) -> int | str:
     """The status of a response, or why HTTP/2 calls it malformed. Source: RFC 9113 §8.2, §8.3.2."""
     fault = _field_fault(headers, frozenset({b":status"}))

@@ -14,7 +14,7 @@ from hbone.engine.flow import WindowBudget
 from hbone.engine.frames import DEFAULT_FRAME_SIZE, DEFAULT_WINDOW, END_STREAM, HEADER
 from hbone.engine.guard import MAX_REPLIES, MAX_REPLY_BYTES, Guard
 from hbone.engine.headers import BlockEncoder, list_size
-from hbone.engine.streams import TRANSITIONS, Input, Stream, StreamState
+from hbone.engine.streams import NEXT, Input, Stream, StreamState
 from hbone.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 
 if TYPE_CHECKING:
@@ -291,11 +291,11 @@ class Outbound:
         Raises:
             LocalProtocolError: its state does not allow that.
         """
-        row = TRANSITIONS.get((stream.state, how))
-        if row is None:
+        state = NEXT[stream.state][how]
+        if state is None:
             raise LocalProtocolError(f"{how.name} on stream {stream.id}, which is {stream.state.name}")
-        stream.enter(row[0])
-        if row[0] is StreamState.CLOSED:
+        stream.enter(state)
+        if state is StreamState.CLOSED:
             self._forget(stream, how)
 
     def _forget(self, stream: Stream, how: Input) -> None:

@@ -12,9 +12,10 @@ import enum
 from collections.abc import Callable
 
 from hbone.engine.flow import ReceiveWindow
+from hbone.enums import plain_members
 from hbone.errors import ErrorCode
 
-__all__ = ["FAULTS", "TRANSITIONS", "Input", "Sink", "Stream", "StreamState"]
+__all__ = ["FAULTS", "NEXT", "TRANSITIONS", "Input", "Sink", "Stream", "StreamState"]
 
 Sink = Callable[[memoryview], int]
 """Takes the payload of DATA. It keeps or writes every byte before it returns, since the view is valid during the call
@@ -22,6 +23,7 @@ only, and returns how many of them may be credited to the stream at once; the re
 must not raise."""
 
 
+@plain_members
 class StreamState(enum.IntEnum):
     """Where a stream is. Source: RFC 9113 §5.1."""
 
@@ -40,6 +42,7 @@ class StreamState(enum.IntEnum):
     CLOSED = 8
 
 
+@plain_members
 class Input(enum.IntEnum):
     """What happens to a stream."""
 
@@ -117,8 +120,12 @@ FAULTS: dict[tuple[StreamState, Input], tuple[ErrorCode, str]] = {
 }
 """What the peer may not do, and the code with which its stream ends."""
 
-_WRITABLE = frozenset({_S.REQUESTED, _S.OPEN, _S.HALF_CLOSED_REMOTE})
-_READABLE = frozenset({_S.OPEN, _S.HALF_CLOSED_LOCAL})
+NEXT: tuple[tuple[StreamState | None, ...], ...] = tuple(
+    tuple(TRANSITIONS.get((state, how), (None,))[0] for how in Input) for state in StreamState
+)
+"""The table by numbers, `NEXT[state][how]`, for every stream's way through it."""
+_WRITABLE = tuple(state in (_S.REQUESTED, _S.OPEN, _S.HALF_CLOSED_REMOTE) for state in StreamState)
+_READABLE = tuple(state in (_S.OPEN, _S.HALF_CLOSED_LOCAL) for state in StreamState)
 
 
 class Stream(ReceiveWindow):
@@ -148,8 +155,8 @@ class Stream(ReceiveWindow):
     def enter(self, state: StreamState) -> None:
         """Set the state, and what follows from it."""
         self.state = state
-        self.writable = state in _WRITABLE
-        self.sink = self.reader if state in _READABLE else None
+        self.writable = _WRITABLE[state]
+        self.sink = self.reader if _READABLE[state] else None
 
     @property
     def answered(self) -> bool:

@@ -50,6 +50,14 @@ def test_what_another_encoder_says_is_understood_with_its_table(huffman: bool) -
         assert ours.decode(other.encode(headers, huffman=huffman)).fields == headers
 
 
+def test_the_same_bytes_mean_what_the_table_says_now() -> None:
+    ours = decoder()
+    for name in (b"a", b"b", b"b"):
+        ours.decode(b"\x40\x01" + name + b"\x01v")
+        assert ours.decode(b"\xbe").fields == ((name, b"v"),)
+    assert ours.decode(b"\x88") == ours.decode(b"\x88")
+
+
 def test_the_encoder_stays_at_4096_whatever_the_peer_offers() -> None:
     encoder = BlockEncoder()
     encoder.limit_table(2**32 - 1)
