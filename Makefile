@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help demo test test-long lint format bench proto lock clean
+.PHONY: help demo test test-long lint format bench proto completions lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ bench: $(STAMP) ## measure against no proxy and Envoy (ARGS=--quick for a minute
 
 proto: $(STAMP) ## make the protobuf messages again from src/ztunnel/wire/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/ztunnel/wire/*.proto
+
+completions: $(STAMP) ## make the completions for bash and zsh again from the command lines
+	@$(BIN)/python -m tools.completions
 
 lock: ## choose the versions of requirements.lock again
 	@$(PYTHON) -m venv $(VENV)
