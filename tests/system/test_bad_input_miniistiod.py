@@ -268,13 +268,94 @@ WITH_STATE = [
     ),
 ]
 
+REVOKE = ("miniistiod", "revoke", *STATE)
+LATER = [
+    *(
+        Case(
+            name=f"run --registration-grace {value[:20]!r}",
+            argv=[*NEW, "--registration-grace", value],
+            prepare=documents,
+        )
+        for value in ("", "10", "-1s", "2d", "9" * 400 + "s")
+    ),
+    *(
+        Case(
+            name=f"run with issuers that are {how}",
+            argv=[*NEW, "--issuers", "given"],
+            prepare=file("given", make),
+            leaves=True,
+        )
+        for how, make in UNREADABLE.items()
+    ),
+    *(
+        Case(
+            name=f"run with a CA that is {how}",
+            argv=[*NEW, "--ca-dir", "given"],
+            prepare=file("given", make),
+            leaves=True,
+        )
+        for how, make in UNREADABLE.items()
+    ),
+    Case(name="revoke nothing", argv=REVOKE, word="--serial"),
+    Case(name="revoke two things", argv=[*REVOKE, "--serial", "00", "--name", "a/b"], word="not allowed"),
+    *(
+        Case(
+            name=f"{words[0]} {' '.join(words[1:])} without a state".replace("  ", " "),
+            argv=["miniistiod", *words, *STATE],
+            word="state",
+        )
+        for words in (["root", "show"], ["root", "rotate"], ["backup", "file"], ["revoke", "--name", "shop/a"])
+    ),
+]
 
-@cases(ARGUMENTS, FILES)
+LATER_WITH_STATE = [
+    *(
+        Case(name=f"revoke {option} {value[:20]!r}", argv=[*REVOKE, option, value], leaves=True)
+        for option, values in {
+            "--serial": ("", "xyz", "-1"),
+            "--identity": ("", "web", "spiffe://", "spiffe://cluster.local", "spiffe://A/b", "ns/sa"),
+            "--name": ("", "/", "a/", "a/b/c"),
+        }.items()
+        for value in values
+    ),
+    *(
+        Case(
+            name=f"root rotate --skew {value[:20]!r}",
+            argv=["miniistiod", "root", "rotate", *STATE, "--skew", value],
+            leaves=True,
+        )
+        for value in ("", "10", "-1s", "soon", "9" * 400 + "s")
+    ),
+    *(
+        Case(
+            name=f"root rotate --finish {step!r}",
+            argv=["miniistiod", "root", "rotate", *STATE, "--finish", step],
+            leaves=True,
+        )
+        for step in ("", "everything")
+    ),
+    *(
+        Case(name=f"backup to {path!r}", argv=["miniistiod", "backup", *STATE, path], leaves=True)
+        for path in ("nowhere/file", "state", "state/state.db/x", "/proc/file")
+    ),
+    *(
+        Case(
+            name=f"restore from a file that is {how}",
+            argv=["miniistiod", "restore", *STATE, "given"],
+            prepare=file("given", make),
+            leaves=True,
+        )
+        for how, make in UNREADABLE.items()
+    ),
+]
+
+
+@cases(ARGUMENTS, FILES, LATER)
 def test_bad_input_to_miniistiod_is_told_in_one_sentence(case: Case, shell: Commands, tmp_path: Path) -> None:
     case.check(shell, tmp_path)
 
 
-@cases(WITH_STATE)
+@cases(WITH_STATE, LATER_WITH_STATE)
 def test_bad_input_to_miniistiod_with_a_state_is_told(case: Case, shell: Commands, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "state")
     (tmp_path / "state").chmod(0o700)
