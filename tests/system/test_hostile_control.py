@@ -201,7 +201,7 @@ BAD_CALLS: dict[str, tuple[bytes, set[int]]] = {
     "an unknown method": (call(message(good()), p_path=b"/a.B/C"), {12}),
     "an unknown service of istiod": (call(message(b""), p_path=b"/istio.v1.auth.IstioCertificateService/X"), {12}),
     "a path without a slash": (call(message(b""), p_path=b"a"), {12, 13}),
-    "the older discovery": (call(message(b""), p_path=DELTA.replace("Delta", "Stream").encode()), {12}),
+    "the older discovery": (call(message(b""), p_path=DELTA.replace("Delta", "Stream").encode()), {16}),
     "a time-out that is none": (call(message(good()), grpc_timeout=b"soon"), {3, 13}),
     "a time-out of nothing": (call(message(good()), grpc_timeout=b"0n", end=False), {4}),
     "metadata that is not base64": (call(message(good()), x_bin=b"\x01\x02"), {3, 7, 13, 16}),
