@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from hbone.daemon.logs import Bare, Shared, debugging, get_logger
+from hbone.daemon.logs import ADDRESS, COUNT, MILLISECONDS, Bare, Lines, debugging, get_logger
 from ztunnel.errors import address_text
 
 if TYPE_CHECKING:
@@ -20,20 +20,18 @@ if TYPE_CHECKING:
     from ztunnel.mesh.service import Service
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["INBOUND", "OUTBOUND", "AccessLog", "AccessRecord"]
+__all__ = ["INBOUND", "OUTBOUND", "AccessLog", "AccessRecord", "Parties"]
 
 INBOUND = "inbound"
 OUTBOUND = "outbound"
-_KEPT = 1024
-"""Pairs of source and destination whose fields are kept written out."""
+_COMPLETE = "connection complete"
 
 
-class AccessRecord:
-    """What is told about one connection. Made when its route is known; nothing is formatted before it ends.
+class Parties:
+    """Who talks to whom: what the lines of several connections have in common. Nothing is formatted before a line is.
 
     Args:
         direction: `inbound` or `outbound`.
-        source: Address of the downstream peer.
         destination: Outbound: the next hop. 15008: the local address and port. 15006: the original destination.
         hbone_authority: `:authority` of the CONNECT, if there is one.
         source_workload: Of the source, if it is known.
@@ -41,7 +39,6 @@ class AccessRecord:
         destination_workload: Of the destination, if it is known.
         destination_identity: What the destination proved, or our own in an inbound tunnel; None for plaintext.
         service: The service meant.
-        opened_at: Monotonic time, in seconds.
         source_baggage: What the source's proxy says about it; used when its workload is not known.
     """
 
@@ -51,9 +48,8 @@ class AccessRecord:
         "destination_workload",
         "direction",
         "hbone_authority",
-        "opened_at",
+        "lines",
         "service",
-        "source",
         "source_baggage",
         "source_identity",
         "source_workload",
@@ -62,7 +58,6 @@ class AccessRecord:
     def __init__(
         self,
         direction: str,
-        source: Address,
         destination: Address,
         *,
         hbone_authority: str | None = None,
@@ -71,11 +66,9 @@ class AccessRecord:
         destination_workload: Workload | None = None,
         destination_identity: SpiffeId | None = None,
         service: Service | None = None,
-        opened_at: float = 0.0,
         source_baggage: Baggage | None = None,
     ) -> None:
         self.direction = direction
-        self.source = source
         self.destination = destination
         self.hbone_authority = hbone_authority
         self.source_workload = source_workload
@@ -83,12 +76,13 @@ class AccessRecord:
         self.destination_workload = destination_workload
         self.destination_identity = destination_identity
         self.service = service
-        self.opened_at = opened_at
         self.source_baggage = source_baggage
+        self.lines: Lines | None = None
+        """Their lines of connections that went well, once there was one."""
 
     def fields(self) -> dict[str, Any]:
-        """The fields that are known when it opens, in order; absent ones are left out."""
-        fields: dict[str, Any] = {"src.addr": Bare(address_text(self.source))}
+        """The fields that are known when it opens, in order; absent ones are left out, the source's address is open."""
+        fields: dict[str, Any] = {"src.addr": ADDRESS}
         workload, baggage = self.source_workload, self.source_baggage
         if workload is not None:
             fields.update(_workload("src", workload, self.source_identity))
@@ -112,6 +106,27 @@ class AccessRecord:
             fields["dst.identity"] = str(self.destination_identity)
         fields["direction"] = self.direction
         return fields
+
+
+class AccessRecord:
+    """What is told about one connection. Made when its route is known.
+
+    Args:
+        parties: Who talks to whom.
+        source: Address of the downstream peer, as text.
+        opened_at: Monotonic time, in seconds.
+    """
+
+    __slots__ = ("opened_at", "parties", "source")
+
+    def __init__(self, parties: Parties, source: str, opened_at: float = 0.0) -> None:
+        self.parties = parties
+        self.source = source
+        self.opened_at = opened_at
+
+    def fields(self) -> dict[str, Any]:
+        """The fields that are known when it opens."""
+        return {**self.parties.fields(), "src.addr": Bare(self.source)}
 
 
 def _add(fields: dict[str, Any], name: str, value: str | None) -> None:
@@ -145,7 +160,6 @@ class AccessLog:
         self._log: Logger = get_logger("access")
         self._policy: Logger = get_logger("ztunnel.mesh.rbac")
         self._policy_level = "info" if policy_at_info else "debug"
-        self._kept: dict[tuple[Any, ...], tuple[Shared, tuple[Any, ...]]] = {}
 
     def opened(self, record: AccessRecord) -> None:
         """A connection's record was made; a line at debug level only."""
@@ -164,40 +178,22 @@ class AccessLog:
             now: Monotonic time, in seconds.
             error: Why it failed, if it did.
         """
-        # "Sent" is seen from the workload we serve: the client's bytes outbound, the server's inbound.
-        outbound = record.direction == OUTBOUND
-        last: dict[str, Any] = {
-            "bytes_sent": received if outbound else sent,
-            "bytes_recv": sent if outbound else received,
-            "duration": f"{max(0, int((now - record.opened_at) * 1000))}ms",
-        }
-        method = "info"
-        if error is not None:
-            last["error"] = str(error) or type(error).__name__
-            method = "error"
-        first = {"src.addr": Bare(address_text(record.source))}
-        self._log.line(method, "connection complete", first, self._shared(record), last)
-
-    def _shared(self, record: AccessRecord) -> Shared:
-        """The fields that connections between the same two have in common: all but the source's port."""
-        parts = (
-            record.source_workload,
-            record.source_identity,
-            record.source_baggage,
-            record.destination_workload,
-            record.destination_identity,
-            record.service,
-        )
-        # By identity, since comparing workloads costs more than writing them out; `parts` is kept, so no id is reused.
-        key = (*map(id, parts), address_text(record.destination), record.hbone_authority, record.direction)
-        found = self._kept.get(key)
-        if found is None:
-            fields = record.fields()
-            del fields["src.addr"]
-            if len(self._kept) >= _KEPT:
-                self._kept.clear()
-            found = self._kept[key] = (Shared(fields), parts)
-        return found[0]
+        parties = record.parties
+        if (
+            parties.direction == INBOUND
+        ):  # "sent" is seen from the workload we serve: the client's bytes or the server's
+            received, sent = sent, received
+        duration = max(0, int((now - record.opened_at) * 1000))
+        if error is None:
+            lines = parties.lines
+            if lines is None:
+                fields = parties.fields() | {"bytes_sent": COUNT, "bytes_recv": COUNT, "duration": MILLISECONDS}
+                lines = parties.lines = Lines(self._log, "info", _COMPLETE, fields)
+            lines.write(record.source, received, sent, duration)
+        else:
+            why = str(error) or type(error).__name__
+            fields = record.fields() | {"bytes_sent": received, "bytes_recv": sent, "duration": f"{duration}ms"}
+            self._log.error(_COMPLETE, **fields, error=why)
 
     def early_deny(
         self, direction: str, source: Address | None, destination: Address | None, error: DataplaneError | str

@@ -9,7 +9,7 @@ from tests.support.mesh import at, hbone, service
 
 from hbone.daemon import logs
 from ztunnel.errors import Drained, PolicyRejected, SelfCall
-from ztunnel.logs import INBOUND, OUTBOUND, AccessLog, AccessRecord
+from ztunnel.logs import INBOUND, OUTBOUND, AccessLog, AccessRecord, Parties
 from ztunnel.mesh.rbac import Decision
 
 if TYPE_CHECKING:
@@ -37,9 +37,8 @@ def output() -> Iterator[Output]:
 
 
 def record(direction: str = OUTBOUND) -> AccessRecord:
-    return AccessRecord(
+    parties = Parties(
         direction,
-        at("10.1.0.1:40000"),
         at("10.2.0.1:15008"),
         hbone_authority="10.2.0.1:8080",
         source_workload=CLIENT,
@@ -47,8 +46,8 @@ def record(direction: str = OUTBOUND) -> AccessRecord:
         destination_workload=WEB,
         destination_identity=WEB.identity,
         service=service("web"),
-        opened_at=100.0,
     )
+    return AccessRecord(parties, "10.1.0.1:40000", 100.0)
 
 
 COMPLETE = {
@@ -95,7 +94,7 @@ def test_failure_is_an_error_with_its_text(output: Output) -> None:
 
 
 def test_absent_values_are_left_out(output: Output) -> None:
-    bare = AccessRecord(INBOUND, at("10.1.0.1:1"), at("[fd00::1]:2"))
+    bare = AccessRecord(Parties(INBOUND, at("[fd00::1]:2")), "10.1.0.1:1")
     AccessLog().complete(bare, received=0, sent=0, now=0.0)
     (line,) = output.lines()
     assert [key for key in line if "." in key] == ["src.addr", "dst.addr"]
@@ -135,7 +134,8 @@ def test_policy_decisions_are_told_at_debug_or_at_info_when_asked(output: Output
 
 def test_hostile_authority_stays_on_one_line(output: Output) -> None:
     logs.configure("plain", "info", stream=output.stream)
-    hostile = AccessRecord(INBOUND, at("10.1.0.1:1"), at("10.2.0.1:15008"), hbone_authority='a b"\n\x1b[31m c=d:80')
+    parties = Parties(INBOUND, at("10.2.0.1:15008"), hbone_authority='a b"\n\x1b[31m 100%s c=d:80')
+    hostile = AccessRecord(parties, "10.1.0.1:1")
     AccessLog().complete(hostile, received=0, sent=0, now=0.0)
     assert logs.flush()
     (line,) = output.stream.getvalue().splitlines()

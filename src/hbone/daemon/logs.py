@@ -30,9 +30,13 @@ if TYPE_CHECKING:
     _Renderer = Callable[[Any, str, MutableMapping[str, Any]], str]
 
 __all__ = [
+    "ADDRESS",
+    "COUNT",
+    "MILLISECONDS",
     "Bare",
+    "Lines",
     "Logger",
-    "Shared",
+    "Slot",
     "configure",
     "current_format",
     "current_level",
@@ -131,26 +135,28 @@ class Logger(structlog.BoundLoggerBase):
         fields.setdefault("exc_info", True)
         self.error(event, **fields)
 
-    def line(self, method: str, event: str, first: dict[str, Any], shared: Shared, last: dict[str, Any]) -> None:
-        """Log, with fields between `first` and `last` that other lines have too. For lines of every connection."""
-        if _state.level > LEVELS[method]:
-            return
+    def template(self, method: str, event: str, fields: Mapping[str, Any]) -> str:
+        """A line whose time and slots are left to the % operator; "" where lines cannot be made from one."""
         render = _state.render_fields
         if render is None or self._context or self._processors is not _PROCESSORS:
-            self._emit(method, event, {**first, **shared.fields, **last})
-            return
-        _redact(last)
+            return ""
+        in_json = render is _json_fields
+        parts = []
+        for name, value in fields.items():
+            if isinstance(value, Slot):
+                written = f",{_json_text(name)}:{value.json}" if in_json else f"{_escape(name)}={value.plain}"
+            else:
+                field = {name: value}
+                _redact(field)
+                written = _redact_line(render(field)).replace("%", "%%")
+            parts.append(written)
         level = "warn" if method == "warning" else method
         name = self._logger.name
-        if render is _json_fields:
-            start = (
-                f'{{"level":"{level}","time":"{_timestamp()}","scope":{_json_text(name)},"message":{_json_text(event)}'
-            )
-            line = start + render(first) + shared.text() + render(last) + "}"
-        else:
-            parts = filter(None, (render(first), shared.text(), render(last)))
-            line = f"{_timestamp()}\t{level}\t{_short(name)}\t{_escape(event)}\t" + " ".join(parts)
-        getattr(self._logger, method)(_redact_line(line))
+        if in_json:
+            scope, message = _json_text(name).replace("%", "%%"), _json_text(event).replace("%", "%%")
+            return f'{{"level":"{level}","time":"%s","scope":{scope},"message":{message}' + "".join(parts) + "}"
+        head = f"{level}\t{_short(name)}\t{_escape(event)}\t".replace("%", "%%")
+        return "%s\t" + head + " ".join(parts)
 
     def log(self, level: str, event: str, **fields: Any) -> None:
         """Log at the level of that name."""
@@ -158,23 +164,69 @@ class Logger(structlog.BoundLoggerBase):
             self._emit(level, event, fields)
 
 
-class Shared:
-    """Fields that many lines have in common, written out once for the format in force."""
+class Slot:
+    """Stands in `Lines` for a value that each line brings itself, and which holds nothing to escape or to hide.
 
-    __slots__ = ("_epoch", "_text", "fields")
+    Args:
+        make: The value as other lines would have it.
+        json: Its format in JSON.
+        plain: Its format in plain text.
+    """
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        _redact(fields)
-        self.fields = fields
+    __slots__ = ("json", "make", "plain")
+
+    def __init__(self, make: Callable[[Any], Any], json: str, plain: str) -> None:
+        self.make = make
+        self.json = json
+        self.plain = plain
+
+
+ADDRESS: Final = Slot(Bare, '"%s"', "%s")
+"""Text of an address with its port."""
+COUNT: Final = Slot(int, "%d", "%d")
+"""A number."""
+MILLISECONDS: Final = Slot("{}ms".format, '"%dms"', '"%dms"')
+"""A whole number of them."""
+
+
+class Lines:
+    """Lines that differ in few values; all else is written out once, for the format in force. For every connection.
+
+    Args:
+        logger: Whose lines they are.
+        method: `info`, `warning` or another of its methods.
+        event: The message.
+        fields: In order, with a `Slot` where each line has a value of its own.
+    """
+
+    __slots__ = ("_epoch", "_event", "_fields", "_level", "_logger", "_method", "_text")
+
+    def __init__(self, logger: Logger, method: str, event: str, fields: dict[str, Any]) -> None:
+        self._logger = logger
+        self._method = method
+        self._level = LEVELS[method]
+        self._event = event
+        self._fields = fields
         self._epoch = -1
         self._text = ""
 
-    def text(self) -> str:
-        """The fields as a line has them."""
+    def write(self, *values: Any) -> None:
+        """Write the line with these values, one for each slot in order."""
+        if _state.level > self._level:
+            return
         if self._epoch != _state.epoch:
             self._epoch = _state.epoch
-            self._text = _state.render_fields(self.fields) if _state.render_fields is not None else ""
-        return self._text
+            self._text = self._logger.template(self._method, self._event, self._fields)
+        writer = _state.writer
+        if writer is not None and self._text:
+            writer.write(self._text % (_timestamp(), *values))
+        else:
+            left = iter(values)
+            fields = {
+                name: value.make(next(left)) if isinstance(value, Slot) else value
+                for name, value in self._fields.items()
+            }
+            self._logger._emit(self._method, self._event, fields)
 
 
 class _Named:
@@ -209,27 +261,36 @@ class _Writer:
         self._lines: collections.deque[str] = collections.deque()
         self._dropped = 0
         self._busy = False
+        self._ended = False
+        self.forked()
+
+    def forked(self) -> None:
+        """There is no thread: at first, and in a forked child."""
         self._wake = threading.Event()
         self._hurry = threading.Event()
-        self._ended = False
-        self._pid = 0
+        self._running = False
+        self._idle = True  # the thread waits, or is about to look whether it must
 
     def write(self, line: str) -> None:
         if len(self._lines) >= MAX_QUEUED_LINES:
             self._dropped += 1
             return
         self._lines.append(line)
-        if self._pid != os.getpid():  # at first use, and in a forked child, which has no such thread
-            self._pid = os.getpid()
-            threading.Thread(target=self._run, name="log-writer", daemon=True).start()
-        if not self._wake.is_set():
+        if self._idle:
+            self._idle = False
             self._wake.set()
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="log-writer", daemon=True).start()
 
     def _run(self) -> None:
         while not self._ended:
-            self._wake.wait()
-            self._hurry.wait(_GATHER_SECONDS)
             self._wake.clear()
+            self._idle = True
+            if not self._lines:
+                self._wake.wait()
+            self._idle = False
+            self._hurry.wait(_GATHER_SECONDS)
             self._busy = True
             while self._lines:
                 self._write_batch()
@@ -252,7 +313,7 @@ class _Writer:
         self._hurry.set()
         try:
             while self._lines or self._busy:
-                if self._pid != os.getpid() or time.monotonic() >= deadline:
+                if not self._running or time.monotonic() >= deadline:
                     return False
                 time.sleep(0.001)  # only at exit and in tests
         finally:
@@ -570,3 +631,4 @@ _state = _State()
 _second = 0
 _second_text = ""
 atexit.register(shutdown)
+os.register_at_fork(after_in_child=lambda: _state.writer.forked() if _state.writer is not None else None)

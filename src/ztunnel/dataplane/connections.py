@@ -125,10 +125,10 @@ class AppConnection:
         if record is None:
             return {}
         return {
-            "src": address_text(record.source),
-            "originalDst": record.hbone_authority,
-            "actualDst": address_text(record.destination),
-            "protocol": "TCP" if record.hbone_authority is None else "HBONE",
+            "src": record.source,
+            "originalDst": record.parties.hbone_authority,
+            "actualDst": address_text(record.parties.destination),
+            "protocol": "TCP" if record.parties.hbone_authority is None else "HBONE",
         }
 
 

@@ -16,7 +16,7 @@ from hbone.identity import same_trust_domain
 from hbone.tls import TlsContext
 from ztunnel.dataplane.connections import InboundConnection
 from ztunnel.dataplane.dial import Dial
-from ztunnel.dataplane.plan import baggage_of
+from ztunnel.dataplane.plan import InboundPlan, baggage_of
 from ztunnel.dataplane.relay import ENDS, Relay
 from ztunnel.dataplane.restraint import Restraint
 from ztunnel.dataplane.sockets import DONTWAIT
@@ -34,26 +34,27 @@ from ztunnel.errors import (
     TlsSetupFailed,
 )
 from ztunnel.logs import INBOUND, AccessRecord
-from ztunnel.mesh.inbound import InboundTarget, inbound, proxy_header
-from ztunnel.mesh.rbac import Connection as PolicyFacts
+from ztunnel.mesh.inbound import inbound
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from hbone.config import ConnectionConfig
     from hbone.engine.flow import WindowBudget
     from hbone.events import Headers
-    from hbone.identity import Identity, SpiffeId
+    from hbone.identity import Identity
     from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.dialer import IdentitySource
     from ztunnel.dataplane.recall import Recall
     from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.mesh.address import Address
+    from ztunnel.mesh.store import Change
     from ztunnel.mesh.workload import Workload
 
 __all__ = ["Inbound", "StreamConnection"]
 
+_PLANS: Final = 64  # of one tunnel
 _GONE: Final = "the stream was reset: "
 
 
@@ -97,6 +98,9 @@ class Inbound:
         self._shaking: dict[Tunnel, str] = {}
         self._restraints: dict[Tunnel, Restraint] = {}
         self._response: tuple[Workload, Headers] | None = None
+        self._plans: dict[Tunnel, dict[Hashable, InboundPlan]] = {}
+        self.forget_store = plane.store.subscribe(self._forget_plans)
+        """Hear of no further change."""
 
     # Tunnels
 
@@ -157,6 +161,7 @@ class Inbound:
         local = plane.calls.local_address(sock)
         tunnel = Tunnel(plane.reactor, plane.calls, sock, endpoint, self, peer, connected=True)
         self.tunnels[tunnel] = local
+        self._plans[tunnel] = {}
         self._shaking[tunnel] = source
 
     def tunnel_established(self, tunnel: Tunnel) -> None:
@@ -170,6 +175,7 @@ class Inbound:
     def tunnel_lost(self, tunnel: Tunnel, error: DataplaneError | None) -> None:
         """Its streams were told."""
         local = self.tunnels.pop(tunnel)
+        del self._plans[tunnel]
         self._restraints.pop(tunnel, None)
         if self.on_empty is not None and not self.tunnels:
             self.on_empty()
@@ -199,6 +205,7 @@ class Inbound:
     def close(self) -> None:
         """Close every tunnel; streams that are open are lost."""
         self.draining = True
+        self.forget_store()
         for tunnel in list(self.tunnels):
             tunnel.close()
 
@@ -236,9 +243,23 @@ class Inbound:
         self.plane.log.early_deny(INBOUND, tunnel.address, self.tunnels.get(tunnel), error)
 
     def _serve(self, end: StreamEnd, request: ConnectRequest, workload: Workload) -> None:
+        plans = self._plans[end.tunnel]
+        key = (request.authority, request.baggage, request.forwarded_host, request.network)
+        plan = plans.get(key)
+        if plan is None or plan.workload is not workload:
+            made = self._plan(end.tunnel, request, workload)
+            if isinstance(made, DataplaneError):
+                self._deny(end, made)
+                return
+            plan = made
+            if len(plans) >= _PLANS:
+                plans.clear()
+            plans[key] = plan
+        StreamConnection(self, plan, end).begin()
+
+    def _plan(self, tunnel: Tunnel, request: ConnectRequest, workload: Workload) -> InboundPlan | DataplaneError:
         plane = self.plane
         config = plane.config
-        tunnel = end.tunnel
         local = self.tunnels[tunnel]
         target = inbound(
             plane.store,
@@ -250,15 +271,15 @@ class Inbound:
             localhost_tunnel=config.localhost_app_tunnel,
         )
         if isinstance(target, DataplaneError):
-            self._deny(end, target)
-            return
-        peer_id = tunnel.peer
-        if peer_id is None:  # it cannot be: streams come after the handshake
-            self._deny(end, IdentityUnavailable("the peer proved no identity"))
-            return
-        facts = PolicyFacts(tunnel.address[0], peer_id, target.address)
-        connection = StreamConnection(self, workload, facts, end, peer_id)
-        connection.begin(request, target, local)
+            return target
+        peer = tunnel.peer
+        if peer is None:  # it cannot be: streams come after the handshake
+            return IdentityUnavailable("the peer proved no identity")
+        return InboundPlan(plane, workload, tunnel, local, peer, request, target)
+
+    def _forget_plans(self, _: Change) -> None:
+        for plans in self._plans.values():
+            plans.clear()
 
     def dial_wasted(self, tunnel: Tunnel) -> None:
         """The peer reset a stream that had carried nothing to the application."""
@@ -285,60 +306,30 @@ class Inbound:
 class StreamConnection(InboundConnection):
     """One stream of a tunnel, and the connection to the application."""
 
-    __slots__ = ("_dial", "_end", "_header", "_inbound", "_peer")
+    __slots__ = ("_dial", "_end", "_inbound", "_plan")
 
-    def __init__(
-        self, inbound_: Inbound, workload: Workload, facts: PolicyFacts, end: StreamEnd, peer: SpiffeId
-    ) -> None:
-        super().__init__(inbound_.plane, workload, facts)
+    def __init__(self, inbound_: Inbound, plan: InboundPlan, end: StreamEnd) -> None:
+        super().__init__(inbound_.plane, plan.workload, plan.facts)
         self._inbound = inbound_
+        self._plan = plan
         self._end = end
-        self._peer = peer
         self._dial: Dial | None = None
-        self._header = b""
 
-    def begin(self, request: ConnectRequest, target: InboundTarget, local: Address) -> None:
+    def begin(self) -> None:
         """Record, register, ask, dial: in this order."""
-        plane = self.plane
-        client = self._end.tunnel.address
-        self._end.user = self
-        source = plane.store.workload_by_address(plane.config.network, client[0])
-        baggage = request.baggage if plane.config.response_baggage else None
-        record = AccessRecord(
-            INBOUND,
-            client,
-            local,
-            hbone_authority=str(request.authority),
-            source_workload=source,
-            source_identity=self._peer,
-            destination_workload=self.workload,
-            destination_identity=self.workload.identity,
-            service=target.service,
-            opened_at=plane.reactor.now,
-            source_baggage=baggage,
-        )
-        traffic = plane.metrics.connection(
-            "destination",
-            source,
-            self._peer,
-            self.workload,
-            target.service,
-            None,
-            "mutual_tls",
-            baggage if source is None else None,
-        )
+        plane, plan, end = self.plane, self._plan, self._end
+        end.user = self
         plane.connections.inbound[self] = None
-        self.open_record(record, traffic)
+        self.open_record(AccessRecord(plan.parties, plan.client, plane.reactor.now), plan.traffic)
         error = self.check()
         if error is not None:
-            self._end.reject(error.status)
+            end.reject(error.status)
             self.close_record(error)
             return
-        if target.proxy_target is not None:
-            self._header = proxy_header(client, target.proxy_target, self._peer)
-        source_ip = target.source or (client[0] if self._inbound.transparent else None)
+        target = plan.target
+        source_ip = target.source or (end.tunnel.address[0] if self._inbound.transparent else None)
         self._dial = Dial(plane.reactor, plane.calls, self)
-        wait = self._inbound.dial_waits(self._end.tunnel)
+        wait = self._inbound.dial_waits(end.tunnel)
         if wait:
             self._dial.start_in(wait, target.connect, source_ip, local=True)
         else:
@@ -348,7 +339,7 @@ class StreamConnection(InboundConnection):
         """The application is there: 200, and relay."""
         self._dial = None
         plane, end = self.plane, self._end
-        if self._header and not self._send_header(sock):
+        if self._plan.header and not self._send_header(sock):
             plane.reactor.close(sock)
             self.dial_failed(ConnectFailed("the application did not take the PROXY header"))
             return
@@ -358,7 +349,7 @@ class StreamConnection(InboundConnection):
 
     def _send_header(self, sock: socket.SocketType) -> bool:
         try:
-            return sock.send(self._header, DONTWAIT) == len(self._header)  # a new socket has room for it
+            return sock.send(self._plan.header, DONTWAIT) == len(self._plan.header)  # a new socket has room for it
         except OSError:
             return False
 

@@ -147,12 +147,12 @@ class Outbound:
         self._plans.clear()
         self._direct.clear()
 
-    def headers_for(self, connection: OutboundConnection, plan: Plan) -> Headers:
+    def headers_for(self, record: AccessRecord, plan: Plan) -> Headers:
         """The CONNECT request. Source: ztunnel's headers."""
         ids = self._random.randbytes(24).hex()
         return (
             *plan.headers,
-            (b"forwarded", b'for="%s"%s' % (address_text(connection.peer).encode(), plan.forwarded)),
+            (b"forwarded", b'for="%s"%s' % (record.source.encode(), plan.forwarded)),
             (b"traceparent", f"00-{ids[:32]}-{ids[32:]}-00".encode()),
         )
 
@@ -259,39 +259,16 @@ class OutboundConnection(AppConnection):
             self._take(self._outbound.plan_of(self.source, then))
 
     def _take(self, plan: Plan) -> None:
-        plane, source = self.plane, self.source
+        plane = self.plane
         self._plan = plan
         found = plan.route
-        workload = found.workload
         plane.connections.outbound[self] = None
+        self.open_record(AccessRecord(plan.parties, address_text(self.peer), self.started), plan.traffic)
         if isinstance(found, Tunnel):
-            record = AccessRecord(
-                OUTBOUND,
-                self.peer,
-                found.next_hop,
-                hbone_authority=found.authority,
-                source_workload=source,
-                source_identity=source.identity,
-                destination_workload=workload,
-                destination_identity=found.workload.identity,
-                service=found.service,
-                opened_at=self.started,
-            )
-            self.open_record(record, plan.traffic)
             assert plan.key is not None
             self.key = plan.key
             self._outbound.dialer.checkout(self)
         else:
-            record = AccessRecord(
-                OUTBOUND,
-                self.peer,
-                found.address,
-                source_workload=source,
-                destination_workload=workload,
-                service=found.service,
-                opened_at=self.started,
-            )
-            self.open_record(record, plan.traffic)
             self._dial = Dial(plane.reactor, plane.calls, self)
             self._dial.start(found.address)
 
@@ -299,15 +276,16 @@ class OutboundConnection(AppConnection):
 
     def tunnel_ready(self, tunnel: LiveTunnel) -> None:
         """Ask for a stream."""
-        plan = self._plan
+        plan, record = self._plan, self.record
         assert plan is not None
+        assert record is not None
         relay = self.relay
         if relay is None:
             plane = self.plane
             relay = self.relay = Relay(plane.reactor, plane.calls, self._sock, self)
         self._tries += 1
         try:
-            self._end = tunnel.connect(self._outbound.headers_for(self, plan), self, relay)
+            self._end = tunnel.connect(self._outbound.headers_for(record, plan), self, relay)
         except LocalProtocolError as exc:
             if self._tries < _TRIES:
                 self.plane.reactor.later(self._again)

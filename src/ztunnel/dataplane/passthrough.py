@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from ztunnel.dataplane.connections import InboundConnection
 from ztunnel.dataplane.dial import Dial
 from ztunnel.dataplane.relay import Relay, join
-from ztunnel.errors import ConnectFailed, DataplaneError, SelfCall
-from ztunnel.logs import INBOUND, AccessRecord
+from ztunnel.errors import ConnectFailed, DataplaneError, SelfCall, address_text
+from ztunnel.logs import INBOUND, AccessRecord, Parties
 from ztunnel.mesh.inbound import guess_service
 from ztunnel.mesh.rbac import Connection as PolicyFacts
 
@@ -90,15 +90,10 @@ class PlainConnection(InboundConnection):
         plane = self.plane
         source = plane.store.workload_by_address(plane.config.network, peer[0])
         service = guess_service(plane.store, self.workload, destination[1])
-        record = AccessRecord(
-            INBOUND,
-            peer,
-            destination,
-            source_workload=source,
-            destination_workload=self.workload,
-            service=service,
-            opened_at=plane.reactor.now,
+        parties = Parties(
+            INBOUND, destination, source_workload=source, destination_workload=self.workload, service=service
         )
+        record = AccessRecord(parties, address_text(peer), plane.reactor.now)
         traffic = plane.metrics.connection("destination", source, None, self.workload, service)
         plane.connections.inbound[self] = None
         self.open_record(record, traffic)

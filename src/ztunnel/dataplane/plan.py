@@ -11,17 +11,23 @@ import trio
 from hbone.connect import Authority, Baggage, ConnectRequest
 from hbone.pool import PoolKey
 from ztunnel.dataplane.sockets import text_of
-from ztunnel.errors import ResolutionFailed
+from ztunnel.errors import ResolutionFailed, address_text
+from ztunnel.logs import INBOUND, OUTBOUND, Parties
 from ztunnel.mesh.address import parse_ip
+from ztunnel.mesh.inbound import proxy_header
+from ztunnel.mesh.rbac import Connection as PolicyFacts
 from ztunnel.mesh.route import Plain, Tunnel
 
 if TYPE_CHECKING:
     from hbone.events import Headers
+    from hbone.identity import SpiffeId
     from ztunnel.dataplane.connections import Plane
-    from ztunnel.mesh.address import IpAddress
+    from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
+    from ztunnel.mesh.address import Address, IpAddress
+    from ztunnel.mesh.inbound import InboundTarget
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["Plan", "baggage_of", "resolve"]
+__all__ = ["InboundPlan", "Plan", "baggage_of", "resolve"]
 
 _RESOLVE_SECONDS: Final = 5.0
 
@@ -29,7 +35,7 @@ _RESOLVE_SECONDS: Final = 5.0
 class Plan:
     """What the connections of one route have in common; made once, and forgotten when the mesh changes."""
 
-    __slots__ = ("forwarded", "headers", "key", "route", "traffic")
+    __slots__ = ("forwarded", "headers", "key", "parties", "route", "traffic")
 
     def __init__(self, plane: Plane, source: Workload, found: Tunnel | Plain) -> None:
         self.route = found
@@ -42,6 +48,16 @@ class Plan:
             found.service,
             None,
             "mutual_tls" if tunnel else "unknown",
+        )
+        self.parties = Parties(
+            OUTBOUND,
+            found.next_hop if isinstance(found, Tunnel) else found.address,
+            hbone_authority=found.authority if isinstance(found, Tunnel) else None,
+            source_workload=source,
+            source_identity=source.identity if tunnel else None,
+            destination_workload=found.workload,
+            destination_identity=found.workload.identity if isinstance(found, Tunnel) else None,
+            service=found.service,
         )
         self.key: PoolKey | None = None
         self.headers: Headers = ()
@@ -57,6 +73,55 @@ class Plan:
             ).to_headers()
             self.headers = tuple(field for field in fields if field[0] != b"forwarded")
             self.forwarded = b"".join(b";" + value for name, value in fields if name == b"forwarded")
+
+
+class InboundPlan:
+    """What the streams of one tunnel that ask for the same have in common; forgotten when the mesh changes.
+
+    Policies are asked for each stream all the same.
+    """
+
+    __slots__ = ("client", "facts", "header", "parties", "target", "traffic", "workload")
+
+    def __init__(
+        self,
+        plane: Plane,
+        workload: Workload,
+        tunnel: LiveTunnel,
+        local: Address,
+        peer: SpiffeId,
+        request: ConnectRequest,
+        target: InboundTarget,
+    ) -> None:
+        client = tunnel.address
+        source = plane.store.workload_by_address(plane.config.network, client[0])
+        baggage = request.baggage if plane.config.response_baggage else None
+        self.client = address_text(client)
+        self.workload = workload
+        self.target = target
+        self.facts = PolicyFacts(client[0], peer, target.address)
+        self.header = b"" if target.proxy_target is None else proxy_header(client, target.proxy_target, peer)
+        self.parties = Parties(
+            INBOUND,
+            local,
+            hbone_authority=str(request.authority),
+            source_workload=source,
+            source_identity=peer,
+            destination_workload=workload,
+            destination_identity=workload.identity,
+            service=target.service,
+            source_baggage=baggage,
+        )
+        self.traffic = plane.metrics.connection(
+            "destination",
+            source,
+            peer,
+            workload,
+            target.service,
+            None,
+            "mutual_tls",
+            baggage if source is None else None,
+        )
 
 
 def baggage_of(workload: Workload) -> Baggage:

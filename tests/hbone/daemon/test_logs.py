@@ -76,6 +76,45 @@ def test_a_console_line_has_no_colour_codes_away_from_a_terminal() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+@pytest.mark.parametrize("format", ["plain", "json", "console", None])
+def test_lines_that_differ_in_few_values_are_as_other_lines(
+    format: str | None,  # noqa: A002
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    out = io.StringIO() if format is None else written(format)
+    logger = logs.get_logger("ztunnel.%s")
+    fields = {
+        "src.addr": logs.ADDRESS,
+        "100%s": 'a "%d" \n%%',
+        "bytes_sent": logs.COUNT,
+        "token": "s3cr3tvalue",
+        "header": "Bearer s3cr3tvalue",
+        "duration": logs.MILLISECONDS,
+    }
+    template = logs.Lines(logger, "warning", "100%s done", fields)
+    for number in range(2):
+        template.write("[fd00::1]:2", number, 40)
+        values = {**fields, "src.addr": logs.Bare("[fd00::1]:2"), "bytes_sent": number, "duration": "40ms"}
+        logger.warning("100%s done", **values)
+    found = caplog.messages if format is None else lines(out)
+    found = [re.sub(r"\d\d:\d\d:\d\d\.\d+", "", line) for line in found]
+    assert found[0] == found[1] != found[2] == found[3]
+    assert "s3cr3t" not in "".join(found)
+
+
+def test_lines_follow_the_level_and_a_new_format() -> None:
+    template = logs.Lines(logs.get_logger("x"), "info", "done", {"count": logs.COUNT})
+    out = written("plain", "warn")
+    template.write(1)
+    logs.set_level("info")
+    template.write(2)
+    assert [line.split("\t")[-1] for line in lines(out)] == ["count=2"]
+    out = written("json")
+    template.write(3)
+    assert [json.loads(line)["count"] for line in lines(out)] == [3]
+
+
 @pytest.mark.parametrize("format", ["plain", "json", "console"])
 def test_nothing_in_a_line_can_begin_another_or_steer_a_terminal(format: str) -> None:  # noqa: A002
     out = written(format)

@@ -53,10 +53,26 @@ async def test_bytes_go_there_and_back(pair: Pair) -> None:
     await pair.settle(lambda: bool(pair.client.log.completed and pair.server.log.completed))
     (record, received, sent, error) = pair.client.log.completed[0]
     assert (received, sent, error) == (5, 5, None)
-    assert record.hbone_authority == f"{pair.server.ip}:{pair.app_port}"
+    assert record.parties.hbone_authority == f"{pair.server.ip}:{pair.app_port}"
     (record, received, sent, error) = pair.server.log.completed[0]
     assert (received, sent, error) == (5, 5, None)
-    assert str(record.source_identity) == "spiffe://cluster.local/ns/default/sa/client"
+    assert str(record.parties.source_identity) == "spiffe://cluster.local/ns/default/sa/client"
+
+
+async def test_what_streams_have_in_common_does_not_outlive_a_change_of_the_mesh(pair: Pair) -> None:
+    await pair.serve(echo)
+    for name in ("server", "server", "renamed"):
+        if name == "renamed":
+            pair.store.apply_addresses([attrs.evolve(pair.server.workload, canonical_name=name)], [])
+        async with await pair.connect() as stream:
+            await stream.send_eof()
+            assert await read_all(stream) == b""
+    await pair.settle(lambda: len(pair.server.log.completed) == len(pair.client.log.completed) == 3)
+    first, second, third = (record.parties for record, *_ in pair.server.log.completed)
+    assert first is second
+    for parties in (third, pair.client.log.completed[-1][0].parties):
+        assert parties.destination_workload is not None
+        assert parties.destination_workload.canonical_name == "renamed"
 
 
 async def test_each_direction_ends_by_itself(pair: Pair) -> None:
@@ -335,7 +351,7 @@ async def test_plaintext_comes_in_without_an_identity(pair: Pair) -> None:
         assert await read_all(stream) == b"plain"
     await pair.settle(lambda: bool(pair.server.log.completed))
     record, received, sent, error = pair.server.log.completed[0]
-    assert record.source_identity is None
+    assert record.parties.source_identity is None
     assert (received, sent, error) == (5, 5, None)
     pair.store.apply_policies([allow("client")], [])
     async with await trio.open_tcp_stream(*pair.server.inbound) as stream:
@@ -355,7 +371,7 @@ async def test_a_destination_out_of_the_mesh_is_passed_through(pair: Pair) -> No
         assert await read_all(stream) == b"plain"
     await pair.settle(lambda: bool(pair.client.log.completed))
     record, received, sent, error = pair.client.log.completed[0]
-    assert record.hbone_authority is None
+    assert record.parties.hbone_authority is None
     assert (received, sent, error) == (5, 5, None)
     assert not pair.client.plane.dialer.tunnels
 

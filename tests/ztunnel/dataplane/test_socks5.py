@@ -75,7 +75,7 @@ async def test_a_service_is_found_by_its_host_name(pair: Pair) -> None:
         await stream.send_all(b"x")
         assert await exactly(stream, 1) == b"x"
     await pair.settle(lambda: bool(pair.client.log.completed))
-    assert pair.client.log.completed[0][0].service == web
+    assert pair.client.log.completed[0][0].parties.service == web
 
 
 async def test_names_mean_what_the_dns_proxy_says_short_and_headless_ones_too(pair: Pair) -> None:
