@@ -227,3 +227,33 @@ async def test_a_host_name_that_is_no_authority_is_a_connect_error() -> None:
         async with httpx.AsyncClient(transport=transport) as client:
             with pytest.raises(httpx.ConnectError, match="my_host"):
                 await client.get("http://my_host/")
+
+
+async def test_httpx_speaks_https_over_the_trio_pool() -> None:
+    trusted, served = tls_contexts()
+
+    async def over_tls(stream: hbone.trio.HboneStream) -> None:
+        inner = trio.SSLStream(stream, served, server_side=True, https_compatible=True)
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += await inner.receive_some()
+        await inner.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n" + head.split(b" ")[1][:5])
+        await inner.aclose()
+
+    network = Network()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(
+            functools.partial(
+                hbone.trio.serve_listeners,
+                over_tls,
+                source_of("orders"),
+                [network.listen(*VIA)],
+                authorize=hbone.same_trust_domain,
+            )
+        )
+        async with hbone.trio.ConnectionPool(source_of("web"), open_transport=network.open_transport) as pool:
+            transport = hbone.httpx.HboneTransport(pool, via=VIA, peer=ORDERS, ssl_context=trusted)
+            async with httpx.AsyncClient(transport=transport) as client:
+                response = await client.get("https://orders.example/tlsx")
+                assert response.text == "/tlsx"
+        nursery.cancel_scope.cancel()

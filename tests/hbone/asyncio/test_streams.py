@@ -16,6 +16,7 @@ from tests.support.tunnels import ca, who
 
 import hbone
 import hbone.asyncio
+from hbone.admission import Admission
 from hbone.errors import (
     ConnectionLost,
     ConnectRejected,
@@ -342,3 +343,124 @@ async def test_what_is_written_before_the_answer_follows_it() -> None:
             reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
             assert await reader.readexactly(5) == b"early"
             writer.close()
+
+
+class Wire:
+    """A TCP relay in front of a server, whose connections a test can freeze."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.connections = 0
+        self.flowing = asyncio.Event()
+        self.flowing.set()
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.append(task)
+        flowing = self.flowing
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.port)
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                await flowing.wait()
+                target.write(data)
+            target.close()
+
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+        for each in (writer, far_writer):
+            each.close()
+            with contextlib.suppress(ConnectionError):
+                await each.wait_closed()
+
+    async def stop(self) -> None:
+        """Cut every connection."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks)
+
+    def freeze(self) -> None:
+        """Let nothing more through on the connections that there are."""
+        self.flowing.clear()
+        self.flowing = asyncio.Event()
+        self.flowing.set()
+
+
+class LaterPool(hbone.asyncio.ConnectionPool):
+    """A pool whose clock a test puts forward."""
+
+    later = 0.0
+
+    def _now(self) -> float:
+        return super()._now() + self.later
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tunnel_unused_for_long_is_asked_before_it_is_used(frozen: bool) -> None:
+    @under_asyncio
+    async def main() -> None:
+        async with serving(drain_timeout=0.1) as (port, _):
+            wire = Wire(port)
+            relay = await asyncio.start_server(wire.serve, "127.0.0.1", 0)
+            via = relay.sockets[0].getsockname()[:2]
+            async with relay, LaterPool(source_of("web"), ping_timeout=0.2) as pool:
+                _, writer = await pool.connect("10.0.0.7:8080", via=via, peer=ORDERS)
+                writer.close()
+                pool.later = 60.0
+                if frozen:
+                    wire.freeze()
+                reader, writer = await pool.connect("10.0.0.7:8080", via=via, peer=ORDERS)
+                writer.write(b"alive")
+                assert await reader.readexactly(5) == b"alive"
+                assert wire.connections == (2 if frozen else 1)
+                assert pool.statistics().tunnels == 1
+                asked = [tunnel.engine.statistics().rtt is not None for tunnel in pool._tunnels]
+                assert any(asked) is not frozen
+                writer.close()
+            await wire.stop()
+
+    main()
+
+
+@under_asyncio
+async def test_what_is_not_tls_costs_its_own_connection() -> None:
+    async with serving() as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+        for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(100), b""):
+            stranger_reader, stranger = await asyncio.open_connection("127.0.0.1", port)
+            stranger.write(garbage)
+            stranger.write_eof()
+            with contextlib.suppress(ConnectionError):
+                await stranger_reader.read()  # to the end: the connection is closed
+            stranger.close()
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        writer.close()
+
+
+async def nobody_shakes_hands(admission: Admission) -> None:
+    while admission.count:
+        await asyncio.sleep(0)
+
+
+@under_asyncio
+async def test_too_many_handshakes_of_one_address_are_closed_at_once() -> None:
+    admission = Admission(per_address=2)
+    async with serving(admission=admission) as (port, _):
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        refused, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(ConnectionError):
+            assert await refused.read() == b""
+        for _, each in silent:
+            each.close()
+        writer.close()
+        await nobody_shakes_hands(admission)
+        async with hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+            reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            writer.close()
+        await nobody_shakes_hands(admission)

@@ -81,6 +81,32 @@ async def test_a_cancelled_stream_is_a_normal_end_to_the_application() -> None:
         await app.aclose()
 
 
+async def test_a_peer_that_is_done_reading_does_not_cut_what_it_sent() -> None:
+    async with open_tunnels() as tunnels, trio.open_nursery() as nursery:
+        app, tcp = await tcp_pair()
+        client, server = await tunnels.pair()
+        nursery.start_soon(relay, client, tcp)
+        await server.send_all(b"answer")
+        server.close()  # END_STREAM, then RST_STREAM NO_ERROR
+        with contextlib.suppress(trio.BrokenResourceError):
+            for _ in range(100):
+                await app.send_all(bytes(10_000))
+        assert await app.receive_some() == b"answer"
+        assert await app.receive_some() == b""
+        await app.aclose()
+
+
+async def test_an_application_that_resets_while_it_is_sent_to_is_connect_error() -> None:
+    async with open_tunnels() as tunnels, trio.open_nursery() as nursery:
+        app, stream = await joined(tunnels, nursery)
+        app.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        nursery.start_soon(app.aclose)
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await stream.send_all(bytes(64 * 1024 * 1024))
+        assert isinstance(caught.value.__cause__, StreamResetError)
+        assert caught.value.__cause__.code is ErrorCode.CONNECT_ERROR
+
+
 async def test_a_lost_tunnel_resets_the_application() -> None:
     async with open_tunnels() as tunnels, trio.open_nursery() as nursery:
         app, _ = await joined(tunnels, nursery)
