@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hbone.errors import HboneError
+from hbone.identity.svid import UNPARSABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -162,12 +163,12 @@ def parse_request(pem: str) -> PublicKey:
     try:
         request = x509.load_pem_x509_csr(pem.encode("ascii"))
         key = request.public_key()
-    except (ValueError, UnsupportedAlgorithm):
+    except UNPARSABLE:
         raise CertificateRequestError("certificate signing request is not properly encoded") from None
     _check_key(key)  # before the signature: that of a huge key is dear to check
     try:
         signed = request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, InvalidSignature):
+    except (InvalidSignature, *UNPARSABLE):
         signed = False
     if not signed:
         raise CertificateRequestError("certificate signing request is not signed by its own key")

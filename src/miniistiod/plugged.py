@@ -29,6 +29,7 @@ from hbone.daemon.files import require_private_directory
 from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError, IdentityError
 from hbone.identity.svid import (
+    UNPARSABLE,
     TrustBundle,
     check_ca,
     issued_by,
@@ -151,7 +152,7 @@ def _lists(pem: bytes, issuers: Sequence[x509.Certificate]) -> str:
                 and crl.is_signature_valid(key)
                 for issuer in issuers
             )
-        except (ValueError, TypeError):
+        except UNPARSABLE:
             raise IdentityError(f"{LISTS} holds a list that cannot be parsed") from None
         if not signed:
             raise IdentityError(

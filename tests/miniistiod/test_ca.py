@@ -224,6 +224,14 @@ def test_order_of_the_answer(root: ca.Signer, leaf: x509.Certificate) -> None:
     assert [len(x509.load_pem_x509_certificates(item.encode())) for item in chain] == [1, 1, 1]
 
 
+def test_a_request_of_an_unknown_version_is_refused() -> None:
+    der = base64.b64decode("".join(request_for(p256()).splitlines()[1:-1]))
+    at = der.index(b"\x02\x01\x00")  # INTEGER 0
+    damaged = base64.b64encode(der[:at] + b"\x02\x01\x01" + der[at + 3 :]).decode()
+    with pytest.raises(ca.CertificateRequestError, match="not properly encoded"):
+        ca.parse_request(f"-----BEGIN CERTIFICATE REQUEST-----\n{damaged}\n-----END CERTIFICATE REQUEST-----\n")
+
+
 def test_a_list_of_what_was_revoked(root: ca.Signer) -> None:
     crl = ca.make_crl(root, [(7, NOW.timestamp()), (1 << 127, NOW.timestamp() - 5)], number=3, now=NOW)
     assert crl.is_signature_valid(root.certificate.public_key())  # type: ignore[arg-type]  # it is a P-256 key

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from hbone.errors import HboneError, IdentityError
 from hbone.grpc import GrpcError, GrpcUnavailable
 from hbone.identity import Identity, TrustBundle, X509Svid
-from hbone.identity.svid import svid_id, validity_problem
+from hbone.identity.svid import UNPARSABLE, svid_id, validity_problem
 from ztunnel.control.transport import REMEDY, ControlPlaneError, Unreachable, refusal, request_metadata
 from ztunnel.wire import ca_pb2
 
@@ -108,7 +108,7 @@ def read_roots(pem: bytes, trust_domain: str, warn: Callable[[str], None] = lamb
     for block in _pem_blocks(pem)[:MAX_ROOTS]:
         try:
             roots.extend(TrustBundle(trust_domain, (x509.load_pem_x509_certificate(block),)).roots)
-        except ValueError as error:  # IdentityError among them
+        except UNPARSABLE as error:  # IdentityError among them
             warn(f"a root that came with the certificate is ignored: {error}")
     if not roots:
         raise ControlPlaneError("there is no usable root with the certificate")
@@ -155,7 +155,7 @@ def _first_certificate(pem: str, what: str) -> x509.Certificate:
         raise ControlPlaneError(f"the CA's answer holds no PEM certificate where its {what} should be")
     try:
         return x509.load_pem_x509_certificate(blocks[0])
-    except ValueError as error:
+    except UNPARSABLE as error:
         raise ControlPlaneError(f"the {what} in the CA's answer cannot be read: {error}") from None
 
 

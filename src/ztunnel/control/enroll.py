@@ -22,6 +22,7 @@ from OpenSSL import SSL
 from hbone.daemon.files import write_private
 from hbone.errors import ConfigurationError
 from hbone.identity import SpiffeId
+from hbone.identity.svid import UNPARSABLE
 from ztunnel.config import DEFAULT_STATE_DIR, Config
 from ztunnel.control.ca import CaClient, read_answer
 from ztunnel.control.transport import (
@@ -242,7 +243,7 @@ async def enroll(
 def _issued_at(answer: Sequence[str]) -> datetime.datetime:
     try:
         leaf = x509.load_pem_x509_certificate(answer[0].encode())
-    except (IndexError, ValueError):
+    except (IndexError, *UNPARSABLE):
         raise ControlPlaneError("the CA's answer holds no certificate") from None
     lifetime = (leaf.not_valid_after_utc - leaf.not_valid_before_utc).total_seconds()
     return leaf.not_valid_before_utc + datetime.timedelta(seconds=min(BACKDATE, lifetime / 11))

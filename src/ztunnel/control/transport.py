@@ -19,6 +19,7 @@ from cryptography import x509
 
 from hbone.errors import ConfigurationError, HboneError, IdentityError, TlsError
 from hbone.grpc import GrpcConfig, GrpcError, GrpcUnavailable, StatusCode
+from hbone.identity.svid import UNPARSABLE
 from hbone.tls import TlsContext
 from hbone.trio.grpc import GrpcClient, GrpcStream
 
@@ -278,7 +279,7 @@ class RootSource:
 def _parse_roots(pem: bytes, what: str) -> tuple[x509.Certificate, ...]:
     try:
         roots = tuple(x509.load_pem_x509_certificates(pem))
-    except ValueError:
+    except UNPARSABLE:
         raise ControlPlaneError(f"{what} holds no PEM certificate") from None
     if not roots:
         raise ControlPlaneError(f"{what} holds no PEM certificate")
