@@ -21,7 +21,7 @@ from miniistiod.rotation import Step, plan
 from miniistiod.store import StaleAuthorityError, serial_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from cryptography import x509
 
@@ -87,15 +87,15 @@ class Authority:
         self._plugged = plugged
         self._wall = wall
         self._lock = threading.Lock()
-        self._changed: list[Callable[[], None]] = []
+        self._changed: list[Callable[[], Awaitable[None]]] = []
         if plugged is None and store.plugged() is not None:
             raise ConfigurationError(
                 f"the CA of {str(store.directory)!r} is plugged in from files; name their directory with --ca-dir"
             )
         self.view = self._read()
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called, in Trio's thread, after each change."""
+    def on_change(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Have `callback` awaited after each change."""
         self._changed.append(callback)
 
     async def keep_up(self) -> None:
@@ -104,7 +104,7 @@ class Authority:
             await trio.sleep(LOOK_SECONDS)
             if await trio.to_thread.run_sync(self.refresh):
                 for callback in self._changed:
-                    callback()
+                    await callback()
 
     def refresh(self) -> bool:
         """Look at the state, take the steps of a rotation that are due, and publish; whether anything changed."""

@@ -240,8 +240,9 @@ class Registrar:
     def _look_again(self) -> None:
         self._wake.set()
 
-    def authority_changed(self) -> None:
+    async def authority_changed(self) -> None:
         """Something was revoked, perhaps one of the machines."""
+        await trio.lowlevel.checkpoint()
         self._state_changed = True
         self._wake.set()
 

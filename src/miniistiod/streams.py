@@ -130,6 +130,9 @@ class Discovery:
             self._mesh.listen(stream_id, lambda: stream.wake.set())
             _log.info("ztunnel connected", node=node.id, identity=str(caller.identity), by=caller.how, stream=stream_id)
             try:
+                # It may have been revoked while we waited; from here on `authority_changed` finds it.
+                if why := await trio.to_thread.run_sync(auth.problem, self._store, caller):
+                    raise self._callers.refused(call, "discovery", why, "authentication failure")
                 await self._registrar.connected(stream_id, node, caller, host_of(call))
                 await self._mesh.present(stream_id, node, caller)
                 async with trio.open_nursery() as nursery:
@@ -147,10 +150,14 @@ class Discovery:
         if scope.cancelled_caught:
             raise GrpcError(StatusCode.UNAVAILABLE, "a newer stream of the same node took the place of this one")
 
-    def authority_changed(self) -> None:
+    async def authority_changed(self) -> None:
         """Roots or revocations changed: cut the streams of those who were revoked, tell the others."""
-        for stream in self.streams.values():
-            if why := auth.problem(self._store, stream.caller):
+        streams = list(self.streams.values())
+        problems = await trio.to_thread.run_sync(
+            lambda: [auth.problem(self._store, stream.caller) for stream in streams]
+        )
+        for stream, why in zip(streams, problems, strict=True):
+            if why:
                 _log.warning("ztunnel cut off", node=stream.node.id, identity=str(stream.caller.identity), reason=why)
                 stream.failure = GrpcError(StatusCode.UNAUTHENTICATED, "authentication failure")
                 stream.scope.cancel()

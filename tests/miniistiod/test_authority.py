@@ -10,10 +10,10 @@ import pytest
 import trio
 from cryptography import x509
 from tests.support.callers import certificate, dial, discovery, refusal
-from tests.support.miniistiod import CREATE_CERTIFICATE, Applicant, bearer, control_plane
+from tests.support.miniistiod import ADDRESS, CREATE_CERTIFICATE, Applicant, bearer, control_plane, subscribe
 
 from hbone.errors import ConfigurationError, HboneError
-from hbone.grpc import StatusCode
+from hbone.grpc import GrpcError, StatusCode
 from hbone.identity import SpiffeId
 from miniistiod import admin_client, auth, ca, cli
 from miniistiod.authority import Authority
@@ -68,6 +68,44 @@ async def test_a_revoked_certificate_renews_nothing_and_its_stream_is_cut(tmp_pa
         async with discovery(cp, gone) as stream:
             assert await stream.ends_with() is StatusCode.UNAUTHENTICATED
         assert (await certificate(cp, identity=stays)).id == stays.id
+
+
+class Hesitant:
+    """A call whose caller is believed, and says nothing until it is told to."""
+
+    metadata = ()
+    remote_address = ("192.0.2.1", 1)
+
+    def __init__(self, identity: Identity) -> None:
+        self.peer = identity.id
+        self.tls = self
+        self.peer_chain = identity.svid.chain
+        self.believed, self.speak = trio.Event(), trio.Event()
+
+    async def receive(self, max_bytes: int | None = None) -> bytes:
+        self.believed.set()
+        await self.speak.wait()
+        return subscribe(ADDRESS)
+
+    async def send(self, message: bytes, /) -> None:
+        raise AssertionError("it was sent something")
+
+
+async def test_who_is_revoked_before_it_asks_for_anything_is_refused(tmp_path: Path) -> None:
+    async with control_plane(tmp_path) as cp:
+        gone = await enrolled(cp)
+        call = Hesitant(gone)
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                with pytest.raises(GrpcError) as caught:
+                    await cp.api.discovery.delta(call)
+                assert caught.value.code is StatusCode.UNAUTHENTICATED
+
+            nursery.start_soon(serve)
+            await call.believed.wait()
+            cp.store.revoke(0.0, serial=serial(gone))
+            call.speak.set()
 
 
 async def test_a_renewal_is_known_as_one(tmp_path: Path) -> None:
