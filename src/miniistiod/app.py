@@ -135,6 +135,8 @@ class MiniIstiod:
         name: str | None = None,
         lifetime: float | None = None,
         reusable: bool = False,
+        node: str = "",
+        group: str = "",
     ) -> str:
         """Make a token; see `miniistiod token create`. `lifetime` is in seconds."""
         return issue_tokens.create(
@@ -145,6 +147,8 @@ class MiniIstiod:
             lifetime=lifetime,
             reusable=reusable,
             now=time.time(),
+            node=node,
+            group=group,
         ).text
 
     async def __aenter__(self) -> MiniIstiod:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from cryptography import x509
 
+from miniistiod.revocation import signs_lists
+
 if TYPE_CHECKING:
     from miniistiod.store import Store
 
@@ -35,6 +37,11 @@ def warnings(store: Store, now: float) -> list[str]:
     if plugged is not None:
         certificates += x509.load_pem_x509_certificates((plugged.certificate + plugged.issuers).encode())
         remedy = "renew it in the directory of the CA (--ca-dir)"
+        if not signs_lists(x509.load_pem_x509_certificate(plugged.certificate.encode())):
+            found.append(
+                "the CA certificate that signs may not sign revocation lists (its key usage lacks cRLSign), so nobody"
+                " hears of a revoked certificate before it ends; give it cRLSign"
+            )
     elif store.rotation() is not None:
         certificates = certificates[1:]  # the older one is on its way out
     for certificate in dict.fromkeys(certificates):

@@ -68,6 +68,18 @@ async def test_a_proxy_asks_with_its_certificate_too(tmp_path: Path) -> None:
         assert {item.state(time.time()) for item in cp.store.certificates(0.0)} == {"revoked"}  # what it got, too
 
 
+async def test_what_a_proxy_got_by_its_token_goes_with_the_proxy(tmp_path: Path) -> None:
+    await on_a_node(tmp_path)
+    async with control_plane(tmp_path) as cp:
+        token = proxy_token(cp)
+        proxy = await certificate(cp, token)
+        orders = await certificate(cp, token, impersonate=ORDERS)
+        bystander = await certificate(cp, bearer(cp.create_token("shop", "orders")))
+        cp.store.revoke(time.time(), spiffe_id=str(proxy.id))
+        assert (await refusal(cp, identity=orders))[0] is StatusCode.UNAUTHENTICATED
+        assert (await certificate(cp, identity=bystander)).id == orders.id
+
+
 @pytest.mark.parametrize(
     "wanted",
     [

@@ -331,9 +331,11 @@ async def test_a_mesh_moves_from_its_own_root_to_a_ca_in_files(tmp_path: Path) -
 
 
 def test_who_may_sign_no_lists_publishes_none(tmp_path: Path, store: Store) -> None:
-    from miniistiod import revocation
+    from miniistiod import expiry, revocation
 
     quiet = make_ca("quiet", ROOT, crl_sign=False)
+    store.plug(read_ca(files_of(quiet), "cluster.local", NOW).public)
+    assert any("lacks cRLSign" in text for text in expiry.warnings(store, time.time()))
     crl = revocation.publish(store, [quiet, ROOT], time.time())
     assert crl is not None
     assert crl.pem.count("BEGIN X509 CRL") == 1

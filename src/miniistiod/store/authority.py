@@ -319,12 +319,21 @@ class AuthorityState(Database):
             plaintext: let its workload be reached in plaintext again; else peers insist on HBONE, which fails.
         """
         with self._transaction() as connection:
-            serials = self._family(serial, spiffe_id, name)
-            records = [record for item in serials if (record := self.certificate(item)) is not None]
+            records = self._family(self._meant(serial, spiffe_id, name))
             tokens = self._tokens_of(records, spiffe_id, name)
+            # What a node's proxy got by its token goes with the proxy, as what it got by its certificate does.
+            got = [
+                row[0]
+                for token in tokens
+                for row in self._rows(
+                    "SELECT serial FROM certificates JOIN tokens ON token = id WHERE id = ? AND tokens.node != ''",
+                    token,
+                )
+            ]
+            records = self._family([*(record.serial for record in records), *got])
             connection.executemany(
                 "UPDATE certificates SET revoked = coalesce(revoked, ?) WHERE serial = ?",
-                [(now, item) for item in serials],
+                [(now, record.serial) for record in records],
             )
             connection.executemany(
                 "UPDATE tokens SET revoked = coalesce(revoked, ?) WHERE id = ?", [(now, item) for item in tokens]
@@ -347,17 +356,21 @@ class AuthorityState(Database):
                 self._bump()
             return found
 
-    def _family(self, serial: str | None, spiffe_id: str | None, name: tuple[str, str] | None) -> list[str]:
-        """Serials of the certificates that are meant, with those that were renewed with them."""
+    def _meant(self, serial: str | None, spiffe_id: str | None, name: tuple[str, str] | None) -> list[str]:
+        """Serials of the certificates that a revocation names."""
         if serial is not None:
-            seeds = self._rows("SELECT serial FROM certificates WHERE serial = ?", serial)
+            rows = self._rows("SELECT serial FROM certificates WHERE serial = ?", serial)
         elif spiffe_id is not None:
-            seeds = self._rows("SELECT serial FROM certificates WHERE spiffe_id = ?", spiffe_id)
+            rows = self._rows("SELECT serial FROM certificates WHERE spiffe_id = ?", spiffe_id)
         else:
             assert name is not None
             pattern = f"spiffe://{self.trust_domain}/ns/{name[0]}/sa/*"
-            seeds = self._rows("SELECT serial FROM certificates WHERE name = ? AND spiffe_id GLOB ?", name[1], pattern)
-        found = dict.fromkeys(row[0] for row in seeds)
+            rows = self._rows("SELECT serial FROM certificates WHERE name = ? AND spiffe_id GLOB ?", name[1], pattern)
+        return [row[0] for row in rows]
+
+    def _family(self, serials: Sequence[str]) -> list[IssuedCertificate]:
+        """Certificates, with those that were renewed with them, and so on."""
+        found = dict.fromkeys(serials)
         fresh = list(found)
         while fresh:
             children = [
@@ -367,7 +380,7 @@ class AuthorityState(Database):
             ]
             fresh = [item for item in dict.fromkeys(children) if item not in found]
             found.update(dict.fromkeys(fresh))
-        return list(found)
+        return [record for item in found if (record := self.certificate(item)) is not None]
 
     def _tokens_of(
         self, records: Sequence[IssuedCertificate], spiffe_id: str | None, name: tuple[str, str] | None
