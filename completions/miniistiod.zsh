@@ -12,6 +12,7 @@ _shtab_miniistiod_commands() {
   local _commands=(
     backup:'Copy the state to a file, also while a control plane runs on it.'
     check:'Say what is wrong with documents before they are loaded: file, line, what, how to mend it.'
+    explain:'Say what the mesh will do with a connection, step by step; exit 1 when it would be refused.'
     get:'Show what a running control plane knows and has issued.'
     init:'Make the state of a new mesh: its root, ten years, P-256.'
     restore:'Put a backup in the place of the state; every token of before becomes void.'
@@ -68,9 +69,21 @@ _shtab_miniistiod_check_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_miniistiod_check_defaults_added=0
 
+_shtab_miniistiod_explain_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--state[private directory (0700) of the root, tokens, register]:DIR:_files -/"
+  "--json[json]"
+  ":NAMESPACE\/WORKLOAD, NAMESPACE\/sa\/ACCOUNT or a SPIFFE ID:"
+  ":an address, or the name of a service:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_miniistiod_explain_defaults_added=0
+
 _shtab_miniistiod_get_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--state[private directory (0700) of the root, tokens, register]:DIR:_files -/"
+  "--workload[with policies\: those of one workload, in the order in which they decide]:NS/NAME:"
   "--json[json]"
   ":what:(workloads services policies certificates registrations subscribers)"
 )
@@ -242,6 +255,7 @@ _shtab_miniistiod() {
       case $line[1] in
         backup) _arguments -C -s $_shtab_miniistiod_backup_options ;;
         check) _arguments -C -s $_shtab_miniistiod_check_options ;;
+        explain) _arguments -C -s $_shtab_miniistiod_explain_options ;;
         get) _arguments -C -s $_shtab_miniistiod_get_options ;;
         init) _arguments -C -s $_shtab_miniistiod_init_options ;;
         restore) _arguments -C -s $_shtab_miniistiod_restore_options ;;

@@ -1,14 +1,11 @@
-"""`miniistiod run | init | check | get | version`, and the commands of the modules beside this one."""
+"""`miniistiod run | init | version`, and the commands of the modules beside this one."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib.metadata
-import json
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +14,16 @@ import trio
 from hbone.commandline import CommandError, ExitCode, Parser, run
 from hbone.config import parse_duration
 from hbone.daemon import logs
-from hbone.errors import ConfigurationError
-from miniistiod import admin_client, commands_authority, commands_tokens, expiry, lint, watch
+from miniistiod import commands_authority, commands_mesh, commands_tokens, watch
 from miniistiod.ca import DEFAULT_LIFETIME
-from miniistiod.commandline import PROGRAM, add_command, add_state, example, table, when
+from miniistiod.commandline import PROGRAM, add_command, add_state, example
 from miniistiod.config import Config, parse_address
-from miniistiod.registry import Registry
-from miniistiod.resources import Severity, load
-from miniistiod.store import ADMIN_SOCKET, DATABASE, ROOT_FILE, Store
+from miniistiod.store import DATABASE, ROOT_FILE, Store
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from miniistiod.resources import Finding
 
 __all__ = ["main", "parser"]
 
@@ -59,10 +52,9 @@ def parser() -> Parser:
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     _add_run(commands)
     _add_init(commands)
-    _add_check(commands)
+    commands_mesh.add(commands)
     commands_tokens.add(commands)
     commands_authority.add(commands)
-    _add_get(commands)
     version = commands.add_parser("version", help="print the version", epilog=example("miniistiod version"))
     version.set_defaults(command=_version)
     return top
@@ -180,148 +172,6 @@ def _init(arguments: argparse.Namespace) -> int:
         print(f"root SHA-256  {signer.sha256.hex()}")
         print(f"valid until   {signer.certificate.not_valid_after_utc:%Y-%m-%d}")
     return ExitCode.DONE
-
-
-# -- check
-
-
-def _add_check(commands: Any) -> None:
-    command = add_command(
-        commands,
-        "check",
-        "say what is wrong with documents before they are loaded: file, line, what, how to mend it",
-        _check,
-        "miniistiod check mesh/",
-        "miniistiod check mesh/shop.yaml mesh/meshconfig.yaml --strict",
-    )
-    command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a directory, or YAML files")
-    command.add_argument("--strict", action="store_true", help="exit 1 for warnings too")
-    command.add_argument("--json", action="store_true", help="findings as JSON")
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    files: dict[str, str] = {}
-    for path in arguments.paths:
-        if path.is_dir():
-            files.update({str(path / name): text for name, text in watch.read(path).items()})
-        else:
-            files[str(path)] = _text(path)
-    resources = load(files)
-    findings: list[Finding] = list(resources.findings)
-    if not resources.errors:
-        findings += lint.findings(Registry.of(resources), resources.mesh.trust_domain)
-    errors = sum(item.severity is Severity.ERROR for item in findings)
-    if arguments.json:
-        print(json.dumps([item.to_json() for item in findings], indent=1))
-    else:
-        for item in findings:
-            print(item)
-        kinds = f"{len(resources.resources)} documents, {errors} errors, {len(findings) - errors} warnings"
-        print(kinds, file=sys.stderr)
-    return ExitCode.NO if errors or (arguments.strict and findings) else ExitCode.DONE
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"{str(path)!r} cannot be read: {(error.strerror or '').lower()}; check the path") from None
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{str(path)!r} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-
-
-# -- get
-
-
-def _add_get(commands: Any) -> None:
-    command = add_command(
-        commands,
-        "get",
-        "show what a running control plane knows and has issued",
-        _get,
-        "miniistiod get workloads --state state/",
-        "miniistiod get certificates --state state/ --json",
-    )
-    command.add_argument("what", choices=tuple(_COLUMNS))
-    add_state(command)
-    command.add_argument("--json", action="store_true")
-
-
-def _get(arguments: argparse.Namespace) -> int:
-    socket = arguments.state / ADMIN_SOCKET
-    items = admin_client.fetch(socket, f"/{arguments.what}")
-    if arguments.json:
-        print(json.dumps(items, indent=1))
-        return ExitCode.DONE
-    header, row = _COLUMNS[arguments.what]
-    table(header, [row(item) for item in items])
-    status = admin_client.fetch(socket, "/ready")
-    for problem in status["problems"]:
-        print(f"{PROGRAM}: not in force: {problem}", file=sys.stderr)
-    _warn(arguments.state)
-    return ExitCode.DONE
-
-
-def _warn(state: Path) -> None:
-    with contextlib.suppress(ConfigurationError), Store.open(state) as store:
-        for text in expiry.warnings(store, time.time()):
-            print(f"{PROGRAM}: {text}", file=sys.stderr)
-
-
-def _workload(item: dict[str, Any]) -> tuple[str, ...]:
-    body = item["workload"]
-    at = ",".join(alias.partition("/")[2] for alias in item["at"]) or body.get("hostname", "-")
-    return (
-        f"{body['namespace']}/{body['name']}",
-        at,
-        body.get("serviceAccount", "default"),
-        body.get("tunnelProtocol", "plaintext"),
-        ",".join(sorted(body.get("services", {}))) or "-",
-        ",".join(body.get("authorizationPolicies", ())) or "-",
-    )
-
-
-def _service(item: dict[str, Any]) -> tuple[str, ...]:
-    body = item["service"]
-    ports = ",".join(f"{port['servicePort']}->{port.get('targetPort', '?')}" for port in body.get("ports", ()))
-    return item["name"], ",".join(alias.partition("/")[2] for alias in item["at"]) or "-", ports or "-"
-
-
-def _policy(item: dict[str, Any]) -> tuple[str, ...]:
-    body = item["policy"]
-    return item["name"], body.get("action", "ALLOW"), body.get("scope", "GLOBAL"), str(len(body.get("rules", ())))
-
-
-def _certificate(item: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        item["serial"],
-        item["spiffe_id"],
-        when(item["issued"]),
-        when(item["expires"]),
-        "revoked" if item["revoked"] else "valid",
-        item["caller"],
-    )
-
-
-def _registration(item: dict[str, Any]) -> tuple[str, ...]:
-    since = item["connected"] if item["state"] == "connected" else item["disconnected"] or item["connected"]
-    name = f"{item['namespace']}/{item['name']}"
-    return name, item["group"], item["address"], item["service_account"], item["state"], when(since)
-
-
-def _subscriber(item: dict[str, Any]) -> tuple[str, ...]:
-    rejected = [kind["rejected"] for kind in item["types"].values() if kind["rejected"]]
-    return item["node"], item["identity"], item["remote"], when(item["since"]), rejected[0] if rejected else "-"
-
-
-_COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, ...]]]] = {
-    "workloads": (("WORKLOAD", "ADDRESS", "ACCOUNT", "TUNNEL", "SERVICES", "POLICIES"), _workload),
-    "services": (("SERVICE", "ADDRESS", "PORTS"), _service),
-    "policies": (("POLICY", "ACTION", "SCOPE", "RULES"), _policy),
-    "certificates": (("SERIAL", "IDENTITY", "ISSUED", "EXPIRES", "STATE", "CALLER"), _certificate),
-    "registrations": (("MACHINE", "GROUP", "ADDRESS", "ACCOUNT", "STATE", "SINCE"), _registration),
-    "subscribers": (("NODE", "IDENTITY", "FROM", "SINCE", "REJECTED"), _subscriber),
-}
 
 
 def _version(arguments: argparse.Namespace) -> int:

@@ -7,8 +7,9 @@ and `status` says so until a good one comes. What a change costs goes with the c
 from __future__ import annotations
 
 import datetime
+import gc
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import trio
@@ -17,6 +18,7 @@ from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
 from miniistiod import conditions, lint, services, vips, watch
 from miniistiod.catalog import Catalog
+from miniistiod.explain import MeshView
 from miniistiod.registry import HboneMark, Inputs, Registry
 from miniistiod.resources import Loader, WorkloadEntry, WorkloadGroup
 
@@ -30,10 +32,14 @@ if TYPE_CHECKING:
     from miniistiod.resources import Delta, Resource
     from miniistiod.resources.binding import Key
     from miniistiod.store import Store
+    from ztunnel.mesh.store import Store as StoreView
 
 __all__ = ["Mesh", "Status"]
 
+T = TypeVar("T")
 _log = get_logger("miniistiod.mesh")
+MANY = 10_000
+"""Addresses in one change after which the collector of garbage is told that they stay."""
 MAX_SHOWN = 20
 """Findings that are logged and shown of one load."""
 
@@ -89,6 +95,8 @@ class Mesh:
         self._present: dict[object, tuple[Node, Caller]] = {}
         self._followers: list[Callable[[], None]] = []
         self._told: tuple[int, tuple[str, ...]] = (-1, ())
+        self._view = MeshView()
+        self._looking = trio.Lock()
         self.status = Status(since=time.time())
         self.fingerprint: watch.Fingerprint | None = None
 
@@ -155,6 +163,8 @@ class Mesh:
         plan = await trio.to_thread.run_sync(self._plan, restored, list(self._present.values()))
         self._loader.taken()
         self._apply(plan)
+        if len(plan.addresses) > MANY:
+            await trio.to_thread.run_sync(_settle_memory)
         problems = self.status.problems if restored else ()
         self.status = Status(loaded=True, problems=problems, warnings=self._loader.warnings, since=time.time())
         self._metrics.degraded.set(1 if problems else 0)
@@ -230,6 +240,16 @@ class Mesh:
         """What Istio would write into the status of the documents, by `Kind namespace/name`."""
         async with self._lock:
             return await trio.to_thread.run_sync(conditions.every_condition, self._registry)
+
+    async def ask(self, question: Callable[[StoreView], T]) -> T:
+        """Answer a question about the mesh as a ztunnel sees it; in a thread, for it may be a long one."""
+        async with self._looking:
+            news = self._view.news(self.catalog)
+
+            def answer() -> T:
+                return question(self._view.take(news))
+
+            return await trio.to_thread.run_sync(answer)
 
     def group(self, namespace: str, name: str) -> WorkloadGroup | None:
         """A WorkloadGroup of the documents in force."""
@@ -339,3 +359,9 @@ class Mesh:
         self._store.mark(namespace, name, mark.service_account, mark.node, time.time())
         self._marks[(namespace, name)] = mark
         _log.info("workload is reached by HBONE from now on", namespace=namespace, name=name)
+
+
+def _settle_memory() -> None:
+    """What was just read is there to stay: the collector need not walk over it again at each later change."""
+    gc.collect()
+    gc.freeze()

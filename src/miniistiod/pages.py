@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import time
+import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from google.protobuf import json_format
 
+from miniistiod import overview
+from miniistiod.explain import ExplainError, Question, effective, reachability
 from ztunnel.wire import authorization_pb2, workload_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from hbone.daemon.http import App, Receive, Scope, Send
     from miniistiod.api import Api
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
     from miniistiod.store import Store
 
 __all__ = ["admin_app", "monitoring_app"]
+
+MAX_QUERY = 4096
+"""Characters of a query; the rest is not looked at."""
 
 
 def monitoring_app(mesh: Mesh, metrics: Metrics, refresh: Callable[[], None]) -> App:
@@ -50,7 +57,19 @@ def admin_app(mesh: Mesh, store: Store, api: Api) -> App:
     async def ready() -> Any:
         return {**mesh.status.to_json(), "warnings": list(await mesh.warnings())}
 
-    slow: dict[str, Callable[[], Awaitable[Any]]] = {"/ready": ready, "/conditions": mesh.conditions}
+    async def explained(query: Mapping[str, str]) -> Any:
+        question = Question(query.get("from", ""), query.get("to", ""))
+        return await mesh.ask(lambda view: question.answer(view, store.trust_domain))
+
+    async def in_force(query: Mapping[str, str]) -> Any:
+        return await mesh.ask(lambda view: effective(view, query.get("workload", "")))
+
+    asked: dict[str, Callable[[Mapping[str, str]], Awaitable[Any]]] = {"/explain": explained, "/effective": in_force}
+    slow: dict[str, Callable[[], Awaitable[Any]]] = {
+        "/ready": ready,
+        "/conditions": mesh.conditions,
+        "/reachability": lambda: mesh.ask(reachability),
+    }
     pages: dict[str, Callable[[], Any]] = {
         "/workloads": lambda: _addresses(mesh, "workload"),
         "/services": lambda: _addresses(mesh, "service"),
@@ -66,12 +85,22 @@ def admin_app(mesh: Mesh, store: Store, api: Api) -> App:
         path = scope["path"]
         if scope["method"] != "GET":
             await _respond(send, 405, "only GET is answered here\n", "text/plain")
+        elif path == "/":
+            subscribers = _subscribers(api)
+            status = await ready()
+            page = await mesh.ask(lambda view: overview.render(view, status, subscribers))
+            await _respond(send, 200, page, "text/html; charset=utf-8", overview.HEADERS)
+        elif path in asked:
+            try:
+                await _json(send, await asked[path](_query(scope)), 200)
+            except ExplainError as error:
+                await _json(send, {"error": str(error)}, 200)
         elif path in slow:
             await _json(send, await slow[path](), 200)
         elif path in pages:
             await _json(send, pages[path](), 200)
         else:
-            await _respond(send, 404, f"there are {' '.join(sorted((*pages, *slow)))}\n", "text/plain")
+            await _respond(send, 404, f"there are / {' '.join(sorted((*pages, *slow, *asked)))}\n", "text/plain")
 
     return app
 
@@ -87,14 +116,36 @@ def _addresses(mesh: Mesh, kind: str) -> list[Any]:
 
 
 def _policies(mesh: Mesh) -> list[Any]:
+    workloads = _Counts(mesh)
     return [
         {
             "name": name,
             "version": item.version,
-            "policy": json_format.MessageToDict(authorization_pb2.Authorization.FromString(item.body)),
+            "policy": json_format.MessageToDict(policy := authorization_pb2.Authorization.FromString(item.body)),
+            "workloads": _ruled(policy, workloads),
         }
         for name, item in sorted(mesh.catalog.policies.items())
     ]
+
+
+def _ruled(policy: authorization_pb2.Authorization, workloads: _Counts) -> int:
+    """How many workloads a policy is in force for."""
+    if policy.scope == authorization_pb2.WORKLOAD_SELECTOR:
+        return workloads.naming[f"{policy.namespace}/{policy.name}"]
+    return workloads.of[policy.namespace] if policy.scope == authorization_pb2.NAMESPACE else workloads.of.total()
+
+
+class _Counts:
+    """Workloads by namespace, and by the policies that they refer to."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.of: collections.Counter[str] = collections.Counter()
+        self.naming: collections.Counter[str] = collections.Counter()
+        for item in mesh.catalog.addresses.values():
+            if not item.is_service:
+                workload = workload_pb2.Address.FromString(item.body).workload
+                self.of[workload.namespace] += 1
+                self.naming.update(workload.authorization_policies)
 
 
 def _subscribers(api: Api) -> list[Any]:
@@ -116,8 +167,15 @@ async def _json(send: Send, value: Any, status: int) -> None:
     await _respond(send, status, json.dumps(value, indent=1) + "\n", "application/json")
 
 
-async def _respond(send: Send, status: int, body: str | bytes, content_type: str) -> None:
+def _query(scope: Scope) -> dict[str, str]:
+    text = bytes(scope.get("query_string", b"")).decode("latin-1")
+    return dict(urllib.parse.parse_qsl(text[:MAX_QUERY]))
+
+
+async def _respond(
+    send: Send, status: int, body: str | bytes, content_type: str, more: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
     data = body.encode() if isinstance(body, str) else body
-    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(data)).encode())]
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(data)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
