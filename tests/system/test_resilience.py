@@ -28,10 +28,12 @@ async def _refused(running: Mesh) -> bool:
 async def test_traffic_goes_on_without_the_control_plane(tmp_path: Path, namespaces: bool) -> None:
     async with shop(tmp_path, namespaces=namespaces) as running:
         stream = await running.connect("alpha", running.hosts["beta"].address, ECHO)
-        await running.control.stop(signal.SIGKILL)
-        await stream.send_all(b"still")
-        assert await stream.receive_some() == b"still"
-        await stream.aclose()
+        async with stream:
+            await stream.send_all(b"first")  # once this is back, both ends have their certificates
+            assert await stream.receive_some() == b"first"
+            await running.control.stop(signal.SIGKILL)
+            await stream.send_all(b"still")
+            assert await stream.receive_some() == b"still"
         assert await echo(running) == b"hello"
         for ztunnel in running.ztunnels.values():  # both ends forget everything that is not on disk
             await ztunnel.stop(signal.SIGKILL)
