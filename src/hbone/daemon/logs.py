@@ -1,33 +1,37 @@
-"""Structured logs on standard output: tab-separated text, JSON, or colours for a terminal.
-
-Writing never holds up the program: lines wait in a bounded queue for one thread that writes them in batches.
-When the reader of standard output stands still and the queue is full, lines are dropped and counted, and
-the count is logged as soon as writing goes on.
-"""
+"""Structured logs on standard output. `logtext` says what a line looks like, `logwriter` writes it."""
 
 from __future__ import annotations
 
 import atexit
-import collections
-import contextlib
-import fcntl
-import json
 import logging
 import os
-import re
 import sys
-import threading
-import time
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 import structlog
 
+from hbone.daemon.logtext import (
+    Bare,
+    console,
+    escape,
+    json_fields,
+    json_text,
+    plain_fields,
+    redact,
+    redact_line,
+    render_json,
+    render_message,
+    render_plain,
+    short,
+    timestamp,
+)
+from hbone.daemon.logwriter import Writer, share_output
 from hbone.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, MutableMapping
+    from collections.abc import Callable, Mapping, MutableMapping
 
-    _Renderer = Callable[[Any, str, MutableMapping[str, Any]], str]
+    from hbone.daemon.logtext import Renderer
 
 __all__ = [
     "ADDRESS",
@@ -59,38 +63,6 @@ LEVELS: Final[Mapping[str, int]] = {
     "error": 40,
     "off": 100,
 }
-MAX_QUEUED_LINES: Final = 10_000
-MAX_BATCH_LINES: Final = 64
-MAX_VALUE: Final = 16 * 1024
-_GATHER_SECONDS: Final = 0.05
-"""How long the writer waits for more lines after the first: a busy process wakes it twenty times a second."""
-
-_SECRET_NAMES: Final = frozenset(
-    ["authorization", "token", "auth_token", "password", "secret", "private_key", "key_pem", "jwt", "cookie"]
-)
-_REDACTED: Final = "[redacted]"
-_IN_STRING: Final = r'(?:\\.|[^"\\])*'
-_SECRETS: Final = (
-    (
-        "PRIVATE KEY",
-        re.compile(rf"-----BEGIN [A-Z ]*PRIVATE KEY-----{_IN_STRING}?(-----END [A-Z ]*PRIVATE KEY-----|(?=\"|$))"),
-    ),
-    ("earer ", re.compile(r"\b(?P<kept>[Bb]earer )[\w.~+/=:-]+")),
-    ("eyJ", re.compile(r"\beyJ[\w-]{5,}\.[\w-]+\.[\w-]*")),
-)
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-MAX_LABELS: Final = 256
-"""Field names whose JSON form is kept."""
-_labels: Final[dict[str, str]] = {}
-_json_text: Final = json.encoder.encode_basestring_ascii
-
-
-class Bare(str):
-    """Text that the plain format writes without quotes, such as an address. Must not hold a space."""
-
-    __slots__ = ()
 
 
 class Logger(structlog.BoundLoggerBase):
@@ -140,22 +112,22 @@ class Logger(structlog.BoundLoggerBase):
         render = _state.render_fields
         if render is None or self._context or self._processors is not _PROCESSORS:
             return ""
-        in_json = render is _json_fields
+        in_json = render is json_fields
         parts = []
         for name, value in fields.items():
             if isinstance(value, Slot):
-                written = f",{_json_text(name)}:{value.json}" if in_json else f"{_escape(name)}={value.plain}"
+                written = f",{json_text(name)}:{value.json}" if in_json else f"{escape(name)}={value.plain}"
             else:
                 field = {name: value}
-                _redact(field)
-                written = _redact_line(render(field)).replace("%", "%%")
+                redact(field)
+                written = redact_line(render(field)).replace("%", "%%")
             parts.append(written)
         level = "warn" if method == "warning" else method
         name = self._logger.name
         if in_json:
-            scope, message = _json_text(name).replace("%", "%%"), _json_text(event).replace("%", "%%")
+            scope, message = json_text(name).replace("%", "%%"), json_text(event).replace("%", "%%")
             return f'{{"level":"{level}","time":"%s","scope":{scope},"message":{message}' + "".join(parts) + "}"
-        head = f"{level}\t{_short(name)}\t{_escape(event)}\t".replace("%", "%%")
+        head = f"{level}\t{short(name)}\t{escape(event)}\t".replace("%", "%%")
         return "%s\t" + head + " ".join(parts)
 
     def log(self, level: str, event: str, **fields: Any) -> None:
@@ -219,7 +191,7 @@ class Lines:
             self._text = self._logger.template(self._method, self._event, self._fields)
         writer = _state.writer
         if writer is not None and self._text:
-            writer.write(self._text % (_timestamp(), *values))
+            writer.write(self._text % (timestamp(), *values))
         else:
             left = iter(values)
             fields = {
@@ -253,106 +225,16 @@ class _Named:
         _state.write(self.name, logging.ERROR, line)
 
 
-class _Writer:
-    """A bounded queue of lines and the thread that empties it to `stream`."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._lines: collections.deque[str] = collections.deque()
-        self._dropped = 0
-        self._busy = False
-        self._ended = False
-        self.forked()
-
-    def forked(self) -> None:
-        """There is no thread: at first, and in a forked child."""
-        self._wake = threading.Event()
-        self._hurry = threading.Event()
-        self._running = False
-        self._idle = True  # the thread waits, or is about to look whether it must
-
-    def write(self, line: str) -> None:
-        if len(self._lines) >= MAX_QUEUED_LINES:
-            self._dropped += 1
-            return
-        self._lines.append(line)
-        if self._idle:
-            self._idle = False
-            self._wake.set()
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="log-writer", daemon=True).start()
-
-    def _run(self) -> None:
-        while not self._ended:
-            self._wake.clear()
-            self._idle = True
-            if not self._lines:
-                self._wake.wait()
-            self._idle = False
-            self._hurry.wait(_GATHER_SECONDS)
-            self._busy = True
-            while self._lines:
-                self._write_batch()
-            self._busy = False
-
-    def _write_batch(self) -> None:
-        batch = [self._lines.popleft() for _ in range(min(len(self._lines), MAX_BATCH_LINES))]
-        dropped, self._dropped = self._dropped, 0
-        if dropped:
-            batch.append(_state.render_dropped(dropped))
-        try:
-            with _alone():
-                self._stream.write("\n".join(batch) + "\n")
-                self._stream.flush()
-        except (OSError, ValueError):
-            self._lines.clear()  # the reader is gone: there is nobody to tell
-
-    def flush(self, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        self._hurry.set()
-        try:
-            while self._lines or self._busy:
-                if not self._running or time.monotonic() >= deadline:
-                    return False
-                time.sleep(0.001)  # only at exit and in tests
-        finally:
-            self._hurry.clear()
-        return True
-
-    def close(self, timeout: float) -> None:
-        self.flush(timeout)
-        self._ended = True
-        self._wake.set()
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """No other process writes meanwhile, of those that share the output."""
-    lock = _state.output_lock
-    if lock is None:
-        yield
-        return
-    fcntl.lockf(lock, fcntl.LOCK_EX)  # of a process that dies it is let go by the kernel
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # closed at shutdown
-            fcntl.lockf(lock, fcntl.LOCK_UN)
-
-
 class _State:
     """What `configure` chose; one per process. Until then lines go to the standard library's loggers."""
 
     def __init__(self) -> None:
         self.level = LEVELS["info"]
-        self.writer: _Writer | None = None
-        self.render: _Renderer = _render_message
+        self.writer: Writer | None = None
+        self.render: Renderer = render_message
         self.render_fields: Callable[[Mapping[str, Any]], str] | None = None
         """Fields of a line whose parts can be joined; None where they cannot."""
         self.format: Format = "plain"
-        self.output_lock: int | None = None
-        """Descriptor of a file to lock while lines are written."""
         self.epoch = 0
         """How often `configure` and `shutdown` were called."""
 
@@ -363,7 +245,7 @@ class _State:
             logging.getLogger(name).log(level, "%s", line)
 
     def render_dropped(self, count: int) -> str:
-        fields = {"event": "log lines dropped: standard output is not being read", "count": count, "time": _timestamp()}
+        fields = {"event": "log lines dropped: standard output is not being read", "count": count, "time": timestamp()}
         return self.render(_Named("logs"), "warning", fields)
 
 
@@ -380,10 +262,10 @@ def configure(format: Format = "plain", level: str = "info", *, stream: TextIO |
         ConfigurationError: an unknown format or level.
     """
     output = stream or sys.stdout
-    renderers: dict[str, Callable[[], _Renderer]] = {
-        "plain": lambda: _render_plain,
-        "json": lambda: _render_json,
-        "console": lambda: _console(output),
+    renderers: dict[str, Callable[[], Renderer]] = {
+        "plain": lambda: render_plain,
+        "json": lambda: render_json,
+        "console": lambda: console(output),
     }
     if format not in renderers:
         raise ConfigurationError(f"log format is {format!r}; it must be plain, json or console")
@@ -391,8 +273,8 @@ def configure(format: Format = "plain", level: str = "info", *, stream: TextIO |
     shutdown()
     _state.format = format
     _state.render = renderers[format]()
-    _state.render_fields = {"plain": _plain_fields, "json": _json_fields}.get(format)
-    _state.writer = _Writer(output)
+    _state.render_fields = {"plain": plain_fields, "json": json_fields}.get(format)
+    _state.writer = Writer(output, _state.render_dropped)
     structlog.configure(
         processors=_PROCESSORS, wrapper_class=Logger, logger_factory=_Named, cache_logger_on_first_use=True
     )
@@ -428,15 +310,6 @@ def current_format() -> Format:
     return _state.format
 
 
-def share_output(lock: int | None) -> None:
-    """Write lines whole although other processes write to the same output.
-
-    Args:
-        lock: descriptor of a file that all of them lock while they write, open for writing; None ends it.
-    """
-    _state.output_lock = lock
-
-
 def current_level() -> str:
     """The name of the level in force."""
     return next(name for name, value in LEVELS.items() if value == _state.level)
@@ -455,157 +328,19 @@ def flush(timeout: float = 1.0) -> bool:
 def shutdown(timeout: float = 1.0) -> None:
     """Write what waits, for `timeout` seconds at most, and end the writer. Called at exit."""
     writer, _state.writer = _state.writer, None
-    _state.render = _render_message
+    _state.render = render_message
     _state.render_fields = None
     _state.epoch += 1
     if writer is not None:
         writer.close(timeout)
 
 
-def _timestamp() -> str:
-    global _second, _second_text
-    second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
-    if second != _second:
-        _second, _second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-    return f"{_second_text}.{fraction:06d}Z"
-
-
 def _render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
     if "exc_info" in fields:
         fields = structlog.processors.format_exc_info(logger, method, fields)
-    _redact(fields)
-    fields["time"] = _timestamp()
-    return _redact_line(_state.render(logger, method, fields))
-
-
-def _redact(fields: MutableMapping[str, Any]) -> None:
-    for name, value in fields.items():
-        if name in _SECRET_NAMES:
-            fields[name] = _REDACTED
-        elif type(value) is str and len(value) > MAX_VALUE:
-            fields[name] = value[:MAX_VALUE] + "..."
-
-
-def _redact_line(line: str) -> str:
-    for mark, pattern in _SECRETS:  # cheap look first: nearly no line has one
-        if mark in line:
-            line = pattern.sub(_replacement, line)
-    return line
-
-
-def _replacement(match: re.Match[str]) -> str:
-    return match.groupdict().get("kept", "") + _REDACTED
-
-
-def _render_plain(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
-    stamp = fields.pop("time")
-    level = "warn" if method == "warning" else method
-    return f"{stamp}\t{level}\t{_short(logger.name)}\t{_message_and_fields(fields)}"
-
-
-def _render_message(_: Any, __: str, fields: MutableMapping[str, Any]) -> str:
-    del fields["time"]
-    return _message_and_fields(fields)
-
-
-def _message_and_fields(fields: MutableMapping[str, Any]) -> str:
-    message = _escape(str(fields.pop("event")))
-    if not fields:
-        return message
-    return message + "\t" + _plain_fields(fields)
-
-
-def _plain_fields(fields: Mapping[str, Any]) -> str:
-    return " ".join([f"{_escape(name)}={_plain_value(value)}" for name, value in fields.items()])
-
-
-def _plain_value(value: Any) -> str:
-    kind = type(value)
-    if kind is str:
-        return _quote(value)
-    if kind is int or kind is float:
-        return repr(value)
-    if kind is bool:
-        return "true" if value else "false"
-    if kind is bytes or kind is bytearray:
-        return f"<{len(value)} bytes>"
-    if isinstance(value, (list, tuple, dict, set, frozenset)):
-        return json.dumps(value, ensure_ascii=False, default=_json_value)
-    return _escape(str(value))
-
-
-def _quote(value: str) -> str:
-    if '"' in value or "\\" in value:
-        value = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{_escape(value)}"'
-
-
-def _escape(value: str) -> str:
-    if value.isprintable():
-        return value
-    return _CONTROL.sub(lambda match: repr(match.group())[1:-1], value)
-
-
-def _short(target: str) -> str:
-    for package in ("ztunnel.", "miniistiod.", "hbone."):
-        if target.startswith(package):
-            return target[len(package) :]
-    return target
-
-
-def _render_json(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
-    stamp = fields.pop("time")
-    message = fields.pop("event")
-    level = "warn" if method == "warning" else method
-    line = f'{{"level":"{level}","time":"{stamp}","scope":{_json_text(logger.name)}'
-    line += f',"message":{_json_text(str(message))}'
-    return line + _json_fields(fields) + "}"
-
-
-def _json_fields(fields: Mapping[str, Any]) -> str:
-    """A flat object of texts and numbers, once a connection: half the cost of a general encoder."""
-    text = ""
-    for name, value in fields.items():
-        label = _labels.get(name)
-        if label is None:
-            label = f",{_json_text(name)}:"
-            if len(_labels) < MAX_LABELS:
-                _labels[name] = label
-        kind = type(value)
-        if kind is str or kind is Bare:
-            text += label + _json_text(value)
-        elif kind is int:
-            text += f"{label}{value}"
-        else:
-            text += label + json.dumps(value, default=_json_value)
-    return text
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, (bytes, bytearray)):
-        return f"<{len(value)} bytes>"
-    if isinstance(value, (set, frozenset)):
-        return sorted(value, key=str)
-    return str(value)
-
-
-def _console(stream: TextIO) -> _Renderer:
-    is_terminal = stream.isatty() if hasattr(stream, "isatty") else False
-    renderer = structlog.dev.ConsoleRenderer(colors=is_terminal, timestamp_key="time", pad_event_to=0)
-
-    def render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
-        fields["level"] = method
-        fields["time"] = fields["time"][11:23]
-        if logger.name:
-            fields["logger"] = _short(logger.name)
-        for name, value in fields.items():
-            if isinstance(value, str) and name != "exception":
-                fields[name] = _escape(value)
-            elif isinstance(value, bytes | bytearray):
-                fields[name] = f"<{len(value)} bytes>"
-        return renderer(logger, method, fields)
-
-    return render
+    redact(fields)
+    fields["time"] = timestamp()
+    return redact_line(_state.render(logger, method, fields))
 
 
 class _FromStandardLibrary(logging.Handler):
@@ -628,7 +363,5 @@ class _FromStandardLibrary(logging.Handler):
 
 _PROCESSORS: Final[list[Any]] = [_render]
 _state = _State()
-_second = 0
-_second_text = ""
 atexit.register(shutdown)
 os.register_at_fork(after_in_child=lambda: _state.writer.forked() if _state.writer is not None else None)

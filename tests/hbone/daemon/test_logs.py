@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import structlog
 
-from hbone.daemon import logs
+from hbone.daemon import logs, logwriter
 from hbone.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def test_a_reader_that_stands_still_costs_lines_not_time() -> None:
     out = Stuck()
     logs.configure("plain", "info", stream=out)
     logger = logs.get_logger("x")
-    sent = logs.MAX_QUEUED_LINES + 500
+    sent = logwriter.MAX_QUEUED_LINES + 500
     for number in range(sent):
         logger.info("line", number=number)
     assert not logs.flush(timeout=0.01)
@@ -231,7 +231,7 @@ def test_a_reader_that_stands_still_costs_lines_not_time() -> None:
     dropped = [line for line in got if "log lines dropped" in line]
     assert len(dropped) == 1
     count = int(dropped[0].rpartition("count=")[2])
-    assert count >= 500 - 2 * logs.MAX_BATCH_LINES
+    assert count >= 500 - 2 * logwriter.MAX_BATCH_LINES
     assert len(got) - 1 + count == sent
 
 
