@@ -9,6 +9,8 @@ import attrs
 
 __all__ = ["Finding", "Findings", "Severity"]
 
+MAX_LENGTH = 1000
+"""Characters of each part of a finding."""
 MAX_FINDINGS = 200
 """Findings that are kept of one load; a file of noise should not fill the log."""
 
@@ -22,6 +24,13 @@ class Severity(enum.Enum):
     """They are used, and probably do not do what was meant."""
 
 
+def _one_line(text: str) -> str:
+    """A text from anywhere as part of one line: nothing in it moves a terminal's cursor, and it ends."""
+    if len(text) > MAX_LENGTH:
+        text = f"{text[:MAX_LENGTH]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @attrs.frozen
 class Finding:
     """One thing that is wrong with a document."""
@@ -30,13 +39,14 @@ class Finding:
     line: int
     """Line in the file, from 1; 0 when it is about the file as a whole."""
     severity: Severity
-    what: str
+    what: str = attrs.field(converter=_one_line)
     """What is wrong, naming the value."""
-    fix: str
+    fix: str = attrs.field(converter=_one_line)
     """What to do about it."""
 
     def __str__(self) -> str:
-        where = f"{self.path}:{self.line}" if self.line else self.path
+        path = _one_line(self.path)
+        where = f"{path}:{self.line}" if self.line else path
         return f"{where}: {self.severity.value}: {self.what}; {self.fix}"
 
     def to_json(self) -> dict[str, Any]:
