@@ -14,12 +14,10 @@ from ztunnel.environment import (
     MAX_WORKERS,
     Variable,
     exactly_true,
-    invalid,
     one_of,
     parse_address,
     parse_bool,
     parse_cores,
-    parse_grace,
     parse_int,
     parse_log_level,
     parse_optional_path,
@@ -29,22 +27,18 @@ from ztunnel.environment import (
     parse_servers,
     parse_share,
     parse_url,
-    parse_variable,
-    prefixed,
-    read_headers,
-    read_json_metadata,
     setting,
 )
 from ztunnel.errors import address_text
-from ztunnel.proxyconfig import read_dns, read_proxy_config
+from ztunnel.settings import read_settings, supported_variables
 
 if TYPE_CHECKING:
     import ipaddress
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from ztunnel.mesh.address import Address, IpAddress
 
-__all__ = ["DEFAULT_ROOT", "DEFAULT_STATE_DIR", "Config", "Variable", "WorkloadInfo", "supported_variables"]
+__all__ = ["DEFAULT_ROOT", "DEFAULT_STATE_DIR", "Config", "Variable", "WorkloadInfo"]
 
 DEFAULT_STATE_DIR = Path("/var/lib/ztunnel")
 DEFAULT_ROOT = "./var/run/secrets/istio/root-cert.pem"
@@ -488,7 +482,7 @@ class Config:
     @classmethod
     def variables(cls) -> list[Variable]:
         """Every environment variable that is read, for the documentation."""
-        return supported_variables()
+        return supported_variables(attrs.fields(cls))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], *, directory: Path | None = None) -> Config:
@@ -501,108 +495,9 @@ class Config:
         Raises:
             ConfigurationError: one sentence that names the variable and its value.
         """
-        return _from_env(environ, directory or Path())
+        return cls(**read_settings(attrs.fields(cls), environ, directory or Path()))
 
 
 def _camel(name: str) -> str:
     head, *rest = name.split("_")
     return head + "".join(part.title() for part in rest)
-
-
-_MORE = [
-    Variable("ISTIO_META_CLUSTER_ID", "unset", "cluster named to the control plane; wins over `CLUSTER_ID`"),
-    Variable("KUBERNETES_SERVICE_HOST", "unset", "present: istiod's address in the cluster is the default"),
-    Variable("XDS_HEADER_<name>", "unset", "a further header for discovery"),
-    Variable("CA_HEADER_<name>", "unset", "a further header for the CA"),
-    Variable(
-        "TERMINATION_GRACE_PERIOD_SECONDS", "unset", "drain deadline from it, unless that is set: n - 5, at least 1"
-    ),
-    Variable("PROXY_CONFIG", "unset", "YAML of `discoveryAddress`, `proxyAdminPort`, `statsPort`, `proxyMetadata`"),
-    Variable(
-        "ISTIO_META_<key>",
-        "unset",
-        "proxy metadata, told to discovery; `ISTIO_META_ISTIO_VERSION` is the version label",
-    ),
-    Variable("ISTIO_META_DNS_CAPTURE", "true", "anything but `true` turns the DNS proxy off"),
-    Variable(
-        "ISTIO_META_DNS_PROXY_ADDR", "localhost:15053", "where the DNS proxy listens: `localhost:port`, `ip:port`"
-    ),
-    Variable("ISTIO_METAJSON_<key>", "unset", "the same, parsed as JSON"),
-]
-
-_REFUSED: dict[str, tuple[Callable[[str], bool], str]] = {
-    "TLS12_ENABLED": (exactly_true, "only TLS 1.3 is spoken; unset it"),
-    "COMPLIANCE_POLICY": (bool, "its key exchange cannot be promised here; unset it"),
-    "FAKE_CA": (exactly_true, "there is no fake CA; make certificates with 'hbone dev-ca', or run miniistiod"),
-}
-"""Variables that change who is trusted and that we cannot honour: value -> is it asked for, and why not."""
-
-_IDLE: dict[str, tuple[Callable[[str], bool], str]] = {
-    "XDS_ON_DEMAND": (exactly_true, "all resources are subscribed to"),
-    "INPOD_UDS": (bool, "it belongs to shared mode"),
-    "INPOD_PORT_REUSE": (bool, "it belongs to shared mode"),
-    "ZTUNNEL_RESOURCE_CPU_REQUEST": (bool, "only `ZTUNNEL_WORKER_THREADS` asks for more processes than one"),
-}
-"""Variables of ztunnel that do nothing here and need not."""
-
-
-def supported_variables() -> list[Variable]:
-    """Every environment variable that is read, in the order of `Config`, then those that are no field."""
-    found = [
-        Variable(field.metadata["env"], field.metadata["shown"], field.metadata["meaning"])
-        for field in attrs.fields(Config)
-        if "env" in field.metadata
-    ]
-    refused = [Variable(name, "unset", f"refused when set: {why}") for name, (_, why) in _REFUSED.items()]
-    idle = [Variable(name, "unset", f"ignored with a warning: {why}") for name, (_, why) in _IDLE.items()]
-    return found + _MORE + refused + idle
-
-
-def _from_env(environ: Mapping[str, str], directory: Path) -> Config:
-    values: dict[str, Any] = {}
-    warnings: list[str] = []
-    proxy = read_proxy_config(environ, directory)
-    metadata: dict[str, str] = proxy["proxyMetadata"]
-    metadata.update(prefixed(environ, "ISTIO_META_"))
-
-    for name, (asked, why) in _REFUSED.items():
-        if asked(environ.get(name, "")):
-            raise invalid(name, environ[name], why)
-    for name, (asked, why) in _IDLE.items():
-        if asked(environ.get(name, "")):
-            warnings.append(f"{name} is set and does nothing here: {why}")
-
-    istiod = "istiod.istio-system.svc" if "KUBERNETES_SERVICE_HOST" in environ else "localhost"
-    values["ca_address"] = f"https://{istiod}:15012"
-    values["xds_address"] = f"https://{istiod}:15012"
-    if proxy["discoveryAddress"]:
-        try:
-            values["xds_address"] = parse_url(proxy["discoveryAddress"])
-        except ValueError as error:
-            raise ConfigurationError(f"discoveryAddress is {proxy['discoveryAddress']!r} ({error})") from None
-    for key, name in (("proxyAdminPort", "admin_port"), ("statsPort", "stats_port")):
-        if proxy[key] is not None:
-            values[name] = proxy[key]
-    values |= read_dns(metadata)
-    if "TERMINATION_GRACE_PERIOD_SECONDS" in environ:
-        values["drain_deadline"] = parse_variable(environ, "TERMINATION_GRACE_PERIOD_SECONDS", parse_grace)
-
-    for field in attrs.fields(Config):
-        variable = field.metadata.get("env", "")
-        if variable in environ:
-            secret = field.metadata["secret"]
-            values[field.name] = parse_variable(environ, variable, field.metadata["parse"], field, secret=secret)
-    if "CLUSTER_ID" in metadata:
-        values["cluster_id"] = metadata["CLUSTER_ID"]
-    for part in parse_log_level(environ.get("RUST_LOG", ""))[1]:
-        warnings.append(f"RUST_LOG part {part!r} does nothing here: one level holds for all parts")
-    if "local_xds" in values and "local_xds_path" in values:
-        raise ConfigurationError("LOCAL_XDS and LOCAL_XDS_PATH are both set; keep one of them")
-    if values.get("enable_proxy") is False:
-        raise ConfigurationError(
-            "ENABLE_PROXY is false, and ztunnel run without any servers enabled does nothing; unset it"
-        )
-    values["xds_headers"] = read_headers(environ, "XDS_HEADER_")
-    values["ca_headers"] = read_headers(environ, "CA_HEADER_")
-    json_metadata, complaints = read_json_metadata(environ)
-    return Config(**values, proxy_metadata=metadata, json_metadata=json_metadata, warnings=(*warnings, *complaints))
