@@ -42,6 +42,7 @@ __all__ = [
     "TlsFailed",
     "TlsSetupFailed",
     "TunnelRejected",
+    "UnknownGateway",
     "UnknownLocalWorkload",
     "UnknownWaypoint",
     "UnusableDestination",
@@ -139,13 +140,20 @@ class UnknownWaypoint(DataplaneError):
 
 
 class RemoteNetwork(DataplaneError):
-    """The only way leads through another network's gateway, which needs double HBONE."""
+    """The destination is on another network, and the control plane names no gateway to there."""
 
     def __init__(self, destination: tuple[IPv4Address | IPv6Address, int], network: str) -> None:
         super().__init__(
-            f"no valid destination: {address_text(destination)} is on network {network!r}, and reaching another"
-            " network needs double HBONE, which is not built yet"
+            f"no valid destination: {address_text(destination)} is on network {network!r}, and no gateway to there"
+            " is known"
         )
+
+
+class UnknownGateway(DataplaneError):
+    """A network's gateway is named, but neither a workload nor an endpoint of it is known."""
+
+    def __init__(self, gateway: str) -> None:
+        super().__init__(f"unknown network gateway: {gateway}")
 
 
 class ResolutionFailed(DataplaneError):

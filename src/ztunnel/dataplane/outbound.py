@@ -21,6 +21,7 @@ from ztunnel.errors import (
     DataplaneError,
     Http2Failed,
     ReceiveFailed,
+    RemoteNetwork,
     TunnelRejected,
     address_text,
 )
@@ -116,6 +117,8 @@ class Outbound:
         )
         if isinstance(found, Refused | Resolve):
             return found
+        if isinstance(found, Tunnel) and found.inner is not None:
+            return Refused(RemoteNetwork(destination, found.inner.workload.network))  # tunnels in tunnels: not yet
         plan = self.plan_of(source, found)
         workload = found.workload
         if (
@@ -134,7 +137,7 @@ class Outbound:
         """What connections of a route have in common."""
         key: Hashable = found
         if isinstance(found, Tunnel):
-            key = (found.next_hop, found.authority, found.expected, found.workload, found.service)
+            key = (found.next_hop, found.authority, found.expected, found.workload, found.service, found.inner)
         plan = self._plans.get(key)
         if plan is None:
             plan = Plan(self.plane, source, found)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ztunnel.errors import address_text
+from ztunnel.mesh.endpoints import candidates, rank
 from ztunnel.mesh.rbac import Connection, decide
-from ztunnel.mesh.route import Plain, Refused, Resolve, Tunnel, candidates, find_service, rank, route
+from ztunnel.mesh.route import Plain, Refused, Resolve, Tunnel, find_service, route
 from ztunnel.mesh.service import Mode
 
 if TYPE_CHECKING:

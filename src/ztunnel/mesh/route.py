@@ -1,6 +1,7 @@
 """Source and original destination -> Route. Source: Istio, ztunnel's outbound decisions.
 
-What is known as HBONE is reached through a tunnel or not at all; every doubt ends in `Refused`.
+What is known as HBONE is reached through a tunnel or not at all; every doubt ends in `Refused`. What is on another
+network is reached through a tunnel in a tunnel: the outer one ends at the network's gateway, the inner one behind it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from hbone.connect import Authority, AuthorityError
 from ztunnel.errors import (
     DataplaneError,
     NoHealthyUpstream,
@@ -19,12 +21,13 @@ from ztunnel.errors import (
     RemoteNetwork,
     ResolutionFailed,
     SelfCall,
+    UnknownGateway,
     UnknownWaypoint,
     UnusableDestination,
     address_text,
 )
 from ztunnel.mesh.address import NamespacedHostname, canonical, is_loopback
-from ztunnel.mesh.service import Mode, Scope
+from ztunnel.mesh.endpoints import Purpose, choose
 from ztunnel.mesh.store import resolve_reference
 from ztunnel.mesh.workload import Protocol
 
@@ -33,27 +36,38 @@ if TYPE_CHECKING:
 
     from hbone.identity import SpiffeId
     from ztunnel.mesh.address import Address, GatewayAddress, IpAddress
-    from ztunnel.mesh.service import Endpoint, LoadBalancer, Service
+    from ztunnel.mesh.endpoints import Candidate
+    from ztunnel.mesh.service import Service
     from ztunnel.mesh.store import Store
     from ztunnel.mesh.workload import Workload
 
 __all__ = [
     "HBONE_PORT",
-    "Candidate",
+    "Inner",
+    "Place",
     "Plain",
     "Refused",
     "Resolve",
     "Route",
     "Tunnel",
-    "candidates",
     "choose_waypoint",
+    "find_place",
     "find_service",
-    "rank",
     "route",
 ]
 
 HBONE_PORT = 15_008
 """Where every peer takes tunnels."""
+
+
+@attrs.frozen
+class Inner:
+    """A second tunnel, inside a stream of the one to a gateway. Both ask for the same. Source: Istio, double HBONE."""
+
+    expected: frozenset[SpiffeId]
+    """Whoever answers behind the gateway must prove one of these."""
+    workload: Workload
+    """What was chosen, and stands for what is there; the gateway chooses who answers."""
 
 
 @attrs.frozen
@@ -66,9 +80,11 @@ class Tunnel:
     expected: frozenset[SpiffeId]
     """The next hop must prove one of these."""
     workload: Workload
-    """The next hop: the destination itself, or its waypoint."""
+    """The next hop: the destination itself, its waypoint, or the gateway of its network."""
     service: Service | None
     waypoint: bool = False
+    inner: Inner | None = None
+    """To another network: the tunnel that the gateway hands on."""
 
 
 @attrs.frozen
@@ -98,34 +114,6 @@ class Resolve:
 
 
 Route = Tunnel | Plain | Refused | Resolve
-
-
-@attrs.frozen
-class Candidate:
-    """An endpoint that may be chosen, with its workload and the port to use on it."""
-
-    endpoint: Endpoint
-    workload: Workload
-    port: int
-
-
-@attrs.frozen
-class _Choice:
-    """Endpoints to draw from, ready to be drawn by weight."""
-
-    candidates: tuple[Candidate, ...]
-    weights: tuple[int, ...]
-    """Running sums of capacity."""
-    remote: str | None
-    """A network where the only endpoints are, when there is none on the source's."""
-
-    def draw(self, rng: random.Random) -> Candidate | None:
-        weights = self.weights
-        if not weights or not weights[-1]:
-            return None
-        if len(weights) == 1:
-            return self.candidates[0]
-        return self.candidates[bisect.bisect_right(weights, rng.random() * weights[-1])]
 
 
 _RANDOM = random.Random()
@@ -168,16 +156,16 @@ def route(
     if addressed is not None:
         reference = choose_waypoint(addressed, rng)
         if reference is not None:
-            return _to_waypoint(store, source, destination, reference, addressed, rng)
+            return _to_waypoint(store, source, destination, reference, addressed, addressed, rng)
 
     # From here on services come first, as in ztunnel: an address may be both.
     service = find_service(store, source, destination, addressed, network)
     chosen: Candidate | None = None
     if service is not None and not service.passthrough:
-        choice = _choice(store, source, service, port, waypoint=False)
+        choice = choose(store, source, service, port)
         chosen = choice.draw(rng)
-        if chosen is None and choice.remote is not None:
-            return Refused(RemoteNetwork(destination, choice.remote))
+        if chosen is None and choice.beyond is not None:
+            return Refused(RemoteNetwork(destination, choice.beyond.network))
     if chosen is not None:
         workload, target_port = chosen.workload, chosen.port
     else:
@@ -189,9 +177,9 @@ def route(
         workload, target_port, service = target, port, None
 
     if workload.network != source.network:
-        return Refused(NoService(destination) if addressed is None else RemoteNetwork(destination, workload.network))
+        return _to_gateway(store, source, destination, workload, service, addressed, rng)
     if addressed is None and workload.waypoint is not None and not _from_waypoint(store, source, workload, client_ip):
-        return _to_waypoint(store, source, destination, workload.waypoint, service, rng)
+        return _to_waypoint(store, source, destination, workload.waypoint, service, addressed, rng)
 
     def reach(address: IpAddress) -> Tunnel | Plain:
         """Workload and port are chosen; only the address was missing."""
@@ -284,47 +272,137 @@ def choose_waypoint(service: Service, rng: random.Random) -> GatewayAddress | No
     return service.waypoint
 
 
+@attrs.frozen
+class Place:
+    """What a reference to a waypoint or gateway leads to."""
+
+    workload: Workload
+    port: int
+    service: Service | None
+    hint: IpAddress
+    """An address of the family that is preferred."""
+
+
+def find_place(
+    store: Store, source: Workload, reference: GatewayAddress, hint: IpAddress, rng: random.Random, purpose: Purpose
+) -> Place | Workload | None:
+    """Where a waypoint or gateway is: a service comes before a workload, as in ztunnel.
+
+    Args:
+        store: The mesh.
+        source: The client's workload.
+        reference: By address or host name.
+        hint: An address of the family that is preferred; an address in the reference goes before it.
+        rng: Draws among endpoints.
+        purpose: Waypoint or gateway.
+
+    Returns:
+        The place; a workload on another network that no gateway leads to; or None when there is nothing.
+    """
+    to = reference.destination
+    port = reference.hbone_mtls_port
+    if isinstance(to, NamespacedHostname):
+        service = store.services.get(str(to))
+        workload = store.workload_by_hostname(to.namespace, to.hostname) if service is None else None
+    else:
+        hint = to.ip
+        service = store.service_by_vip(to.network, to.ip, source.namespace)
+        workload = store.workload_by_address(to.network, to.ip) if service is None else None
+    if service is not None:
+        choice = choose(store, source, service, port, purpose)
+        chosen: Candidate | None = choice.draw(rng)
+        if chosen is None:
+            return choice.beyond
+        workload, port = chosen.workload, chosen.port
+    return None if workload is None else Place(workload, port, service, hint)
+
+
 def _to_waypoint(
     store: Store,
     source: Workload,
     destination: Address,
     reference: GatewayAddress,
     service: Service | None,
+    addressed: Service | None,
     rng: random.Random,
 ) -> Route:
     """Through a waypoint. One that cannot be found is never bypassed."""
-    place = reference.destination
-    waypoint_service: Service | None
-    if isinstance(place, NamespacedHostname):
-        waypoint_service = store.services.get(str(place))
-        workload = store.workload_by_hostname(place.namespace, place.hostname) if waypoint_service is None else None
-        hint = destination[0]
-    else:
-        waypoint_service = store.service_by_vip(place.network, place.ip, source.namespace)
-        workload = store.workload_by_address(place.network, place.ip) if waypoint_service is None else None
-        hint = place.ip
-    port = reference.hbone_mtls_port
-    if waypoint_service is not None:
-        choice = _choice(store, source, waypoint_service, port, waypoint=True)
-        chosen = choice.draw(rng)
-        if chosen is None and choice.remote is not None:
-            return Refused(RemoteNetwork(destination, choice.remote))
-        if chosen is not None:
-            workload, port = chosen.workload, chosen.port
-    if workload is None:
+    found = find_place(store, source, reference, destination[0], rng, Purpose.WAYPOINT)
+    if found is None:
         return Refused(UnknownWaypoint(str(reference)))
-    if workload.network != source.network:
-        return Refused(RemoteNetwork(destination, workload.network))
-    gateway = workload
+    if not isinstance(found, Place):
+        return Refused(RemoteNetwork(destination, found.network))
+    if found.workload.network != source.network:
+        return _to_gateway(store, source, destination, found.workload, found.service, addressed, rng)
+    expected = _expected(found.workload, found.service)
+    authority = address_text(destination)
 
     def reach(ip: IpAddress) -> Tunnel:
-        expected = _expected(gateway, waypoint_service)
-        return Tunnel((ip, port), address_text(destination), expected, gateway, service, waypoint=True)
+        return Tunnel((ip, found.port), authority, expected, found.workload, service, waypoint=True)
 
-    ip = _own_address(gateway, waypoint_service, hint, hint)
+    return _reach_place(store, found, destination, reach)
+
+
+def _to_gateway(
+    store: Store,
+    source: Workload,
+    destination: Address,
+    upstream: Workload,
+    upstream_service: Service | None,
+    addressed: Service | None,
+    rng: random.Random,
+) -> Route:
+    """To another network: through a tunnel to its gateway, in which there is one to whom that chooses for a service."""
+    if addressed is None:
+        return Refused(NoService(destination))
+    reference = upstream.network_gateway
+    if reference is None:
+        return Refused(RemoteNetwork(destination, upstream.network))
+    found = find_place(store, source, reference, destination[0], rng, Purpose.GATEWAY)
+    if not isinstance(found, Place):
+        return Refused(UnknownGateway(str(reference)))
+    try:
+        authority = str(Authority(addressed.hostname.lower(), destination[1]))
+    except AuthorityError as error:
+        return Refused(UnusableDestination(destination, f"its service can't be asked for by name: {error}"))
+    inner = Inner(_behind_gateway(store, upstream, upstream_service), upstream)
+    if not inner.expected:
+        return Refused(UnusableDestination(destination, f"no identity is known of it on network {upstream.network!r}"))
+    expected = _expected(found.workload, found.service)
+
+    def reach(ip: IpAddress) -> Tunnel:
+        return Tunnel((ip, found.port), authority, expected, found.workload, addressed, inner=inner)
+
+    return _reach_place(store, found, destination, reach)
+
+
+def _behind_gateway(store: Store, upstream: Workload, service: Service | None) -> frozenset[SpiffeId]:
+    """Who may answer behind a gateway: any endpoint of the service there, of which only some may be known one by one.
+
+    A workload without address or host name stands for several, and what it says of its own identity means nobody.
+    """
+    if service is None:
+        return frozenset((upstream.identity,)) if upstream.addresses or upstream.hostname else frozenset()
+    key = ("behind", service.key, upstream.network)
+    found: frozenset[SpiffeId] | None = store.memo.get(key)
+    if found is None:
+        there = (store.workloads.get(uid) for uid in store.endpoints(service))
+        found = service.identities | {
+            workload.identity
+            for workload in there
+            if workload is not None
+            and workload.network == upstream.network
+            and (workload.addresses or workload.hostname)
+        }
+        store.remember(key, found)
+    return found
+
+
+def _reach_place(store: Store, place: Place, destination: Address, reach: Callable[[IpAddress], Tunnel]) -> Route:
+    ip = _own_address(place.workload, place.service, place.hint, place.hint)
     if ip is not None:
         return reach(ip)
-    return _resolve(store, gateway, waypoint_service, hint, destination, reach)
+    return _resolve(store, place.workload, place.service, place.hint, destination, reach)
 
 
 def _from_waypoint(store: Store, source: Workload, workload: Workload, client_ip: IpAddress | None) -> bool:
@@ -336,107 +414,3 @@ def _from_waypoint(store: Store, source: Workload, workload: Workload, client_ip
         and (waypoint.uid == source.uid if client_ip is None else client_ip in waypoint.addresses)
         for waypoint in resolve_reference(store, workload.waypoint)
     )
-
-
-def candidates(
-    store: Store, source: Workload, service: Service, port: int, *, waypoint: bool = False
-) -> list[tuple[Endpoint, Candidate | None, str]]:
-    """Every endpoint of a service with what becomes of it: a candidate, or None and the reason.
-
-    Args:
-        store: The mesh.
-        source: The client's workload.
-        service: The service that is asked.
-        port: Its port.
-        waypoint: The service is a waypoint, whose port need not be declared where its workload takes tunnels itself.
-    """
-    found: list[tuple[Endpoint, Candidate | None, str]] = []
-    for uid, endpoint in store.endpoints(service).items():
-        workload = store.workloads.get(uid)
-        target = service.ports.get(port)
-        tunnel = workload.application_tunnel if workload is not None else None
-        if workload is None:
-            found.append((endpoint, None, "its workload is not known"))
-        elif not workload.capacity:
-            found.append((endpoint, None, "its capacity is 0"))
-        elif not workload.addresses and not workload.hostname:
-            found.append((endpoint, None, "it has neither address nor host name"))
-        elif target is None and not (waypoint and tunnel is not None):
-            found.append((endpoint, None, f"the service does not declare port {port}"))
-        elif target == 0 and port not in endpoint.ports and not waypoint:
-            found.append((endpoint, None, f"it has no target port for {port}"))
-        elif workload.addresses and not any(map(service.ip_families.allows, workload.addresses)):
-            found.append((endpoint, None, f"it has no {service.ip_families.value} address"))
-        else:
-            mapped = endpoint.ports.get(port) or target or (port if tunnel is not None and tunnel.port else 0)
-            if mapped:
-                found.append((endpoint, Candidate(endpoint, workload, mapped), ""))
-            else:
-                found.append((endpoint, None, f"it has no target port for {port}"))
-    return found
-
-
-def _choice(store: Store, source: Workload, service: Service, port: int, *, waypoint: bool) -> _Choice:
-    key = (source.uid, service.key, port, waypoint)
-    found = store.memo.get(key)
-    if found is None:
-        found = _choose(store, source, service, port, waypoint=waypoint)
-        store.remember(key, found)
-    choice: _Choice = found
-    return choice
-
-
-def _choose(store: Store, source: Workload, service: Service, port: int, *, waypoint: bool) -> _Choice:
-    usable = [
-        candidate
-        for _, candidate, _ in candidates(store, source, service, port, waypoint=waypoint)
-        if candidate is not None
-    ]
-    # Other networks need double HBONE, so their endpoints count only where there is nothing nearer.
-    near = [candidate for candidate in usable if candidate.workload.network == source.network]
-    remote = usable[0].workload.network if usable and not near else None
-    if service.load_balancer is not None:
-        near = _preferred(source, near, service.load_balancer)
-    weights = tuple(accumulate(candidate.workload.capacity for candidate in near))
-    return _Choice(tuple(near), weights, remote)
-
-
-def _preferred(source: Workload, usable: list[Candidate], balancer: LoadBalancer) -> list[Candidate]:
-    if balancer.mode not in {Mode.STRICT, Mode.FAILOVER}:
-        return usable
-    ranks = [rank(source, candidate.workload, balancer.preferences) for candidate in usable]
-    if balancer.mode is Mode.STRICT:
-        wanted = len(balancer.preferences)
-        return [candidate for candidate, (_, matched) in zip(usable, ranks, strict=True) if matched == wanted]
-    best = max((score for score, _ in ranks), default=0)
-    return [candidate for candidate, (score, _) in zip(usable, ranks, strict=True) if score == best]
-
-
-def rank(source: Workload, workload: Workload, preferences: tuple[Scope, ...]) -> tuple[int, int]:
-    """How well a workload meets the routing preferences: (score for failover, preferences that match).
-
-    A first preference for the network counts more than all others together, and its mismatch ends nothing.
-
-    Source: Istio, ztunnel.
-    """
-    score = matched = 0
-    for position, scope in enumerate(preferences):
-        same = _SCOPES[scope](source) == _SCOPES[scope](workload)
-        if same:
-            matched += 1
-            score += 1
-            if position == 0 and scope is Scope.NETWORK:
-                score += len(preferences) - 1
-        elif not (position == 0 and scope is Scope.NETWORK):
-            break
-    return score, matched
-
-
-_SCOPES: dict[Scope, Callable[[Workload], str]] = {
-    Scope.REGION: lambda workload: workload.locality.region,
-    Scope.ZONE: lambda workload: workload.locality.zone,
-    Scope.SUBZONE: lambda workload: workload.locality.subzone,
-    Scope.NODE: lambda workload: workload.node,
-    Scope.CLUSTER: lambda workload: workload.cluster_id,
-    Scope.NETWORK: lambda workload: workload.network,
-}

@@ -19,7 +19,8 @@ from ztunnel.errors import (
     UnusableDestination,
 )
 from ztunnel.mesh import RejectedResource, Service, Store, Workload, parse_ip
-from ztunnel.mesh.route import Plain, Refused, Resolve, Route, Tunnel, choose_waypoint, rank, route
+from ztunnel.mesh.endpoints import rank
+from ztunnel.mesh.route import Plain, Refused, Resolve, Route, Tunnel, choose_waypoint, route
 from ztunnel.mesh.service import Endpoint, IpFamilies, LoadBalancer, Mode, Scope, WeightedWaypoint
 from ztunnel.mesh.workload import ApplicationTunnel, Locality
 
@@ -130,17 +131,7 @@ def test_service_names_widen_the_expected_identities_by_spiffe_ids_only() -> Non
     assert set(map(str, found.expected)) == {other, "spiffe://cluster.local/ns/default/sa/web"}
 
 
-def test_endpoint_with_a_gateway_on_another_network_is_refused_with_its_reason() -> None:
-    store = store_of(
-        service("web", "10.96.0.1"),
-        hbone("web", "10.2.0.1", network="far", network_gateway=gateway_at("9.9.9.9"), services={WEB: {}}),
-    )
-    error = refused(store, "10.96.0.1:80")
-    assert isinstance(error, RemoteNetwork)
-    assert "'far'" in str(error)
-
-
-def test_near_endpoints_are_used_while_others_are_on_another_network() -> None:
+def test_near_endpoints_are_used_while_others_have_no_gateway() -> None:
     near, far = hbone("near", "10.2.0.1", services={WEB: {}}), hbone("far", "10.2.0.2", network="f", services={WEB: {}})
     store = store_of(service("web", "10.96.0.1"), near, far)
     assert {tunnel(store, "10.96.0.1:80", rng=random.Random(n)).workload.name for n in range(20)} == {"near"}
