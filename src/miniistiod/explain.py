@@ -20,7 +20,7 @@ from ztunnel.mesh.explain import explain
 from ztunnel.mesh.policy import Action, PolicyScope
 from ztunnel.mesh.rbac import Connection, decide
 from ztunnel.mesh.store import Store
-from ztunnel.mesh.workload import Workload
+from ztunnel.mesh.workload import Protocol, Workload
 
 if TYPE_CHECKING:
     from miniistiod.catalog import Catalog, Entry
@@ -210,7 +210,8 @@ def reachability(store: Store) -> dict[str, Any]:
     Cut where the mesh is larger than a table that people read; `cut` says so.
     """
     sources: dict[SpiffeId, Workload] = {}
-    for workload in sorted(store.workloads.values(), key=lambda item: str(item.identity)):
+    callers = (workload for workload in store.workloads.values() if workload.addresses)
+    for workload in sorted(callers, key=lambda item: str(item.identity)):
         sources.setdefault(workload.identity, workload)
     targets = [
         (service, port)
@@ -233,13 +234,21 @@ def reachability(store: Store) -> dict[str, Any]:
 
 
 def _verdict(store: Store, source: Workload, service: Any, port: int) -> str:
-    """`yes`, `no` or `some`: of the endpoints that serve the port; `-` without any."""
+    """`yes`, `no` or `some`: of the endpoints that serve the port; `-` without any.
+
+    `waypoint` where one decides, and `plain` where an endpoint is reached in plaintext: what holds it back there shows
+    no identity to its policies, and whether it has a ztunnel that asks them is not known.
+    """
+    if service.waypoint is not None:
+        return "waypoint"
     if service.namespace_only and service.namespace != source.namespace:
         return "-"
     found: set[bool] = set()
     for uid, endpoint in store.members(service).items():
         workload = store.workloads.get(uid)
         target = endpoint.ports.get(port) or service.ports.get(port) or port
+        if workload is not None and workload.protocol is not Protocol.HBONE:
+            return "plain"
         if workload is None or not workload.addresses:
             continue
         connection = Connection(_address_of(source), source.identity, (workload.addresses[0], target))

@@ -5,18 +5,23 @@ No script, nothing from elsewhere, every value escaped.
 
 from __future__ import annotations
 
+import collections
+import functools
 import html
 import itertools
 from typing import TYPE_CHECKING, Any
 
 from miniistiod.explain import reachability
+from ztunnel.mesh.policy import Action, Kind, PolicyScope, ServiceAccount, StringMatch
+from ztunnel.mesh.workload import Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from ztunnel.mesh.policy import Authorization, Clause, Match
     from ztunnel.mesh.store import Store
 
-__all__ = ["HEADERS", "render"]
+__all__ = ["HEADERS", "render", "says"]
 
 HEADERS = (
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"),
@@ -26,42 +31,73 @@ HEADERS = (
 )
 MAX_ROWS = 500
 """Of each table; the JSON pages have all."""
-_WORKLOADS = ("workload", "addresses", "identity", "reached by", "state", "services")
-_SERVICES = ("service", "addresses", "ports", "endpoints", "waypoint")
+MAX_TEXT = 400
+"""Characters of what a policy says; the JSON page has all."""
 _STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }
-h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em }
-table { border-collapse: collapse } th, td { border: 1px solid #ccc; padding: .2em .6em; text-align: left }
-th { background: #f2f2f2 } .yes { background: #d9f2d9 } .no { background: #f6d5d5 } .some { background: #fbeecb }
-.bad { color: #a00 } .ok { color: #060 } .scroll { overflow-x: auto } small { color: #666 }
-@media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #181818 } th { background: #2a2a2a } th, td { border-color: #444 }
-  .yes { background: #1d4023 } .no { background: #4d2020 } .some { background: #4a3d15 }
-  .bad { color: #f88 } .ok { color: #8d8 } small { color: #999 }
-}
+:root { color-scheme: light dark; --line: #d5d8dc; --head: #f3f4f6; --dim: #667; --yes: #dcf3de; --no: #f9dcdc;
+  --some: #fdf0cd; --bad: #a40000; --ok: #05660f }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --head: #2a2a2a; --dim: #9aa; --yes: #1d4023; --no: #552020;
+  --some: #4a3d15; --bad: #f99; --ok: #8d8 } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem; padding: 0 1.5rem }
+h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem } p, ul { margin: .3rem 0 }
+table { border-collapse: collapse } th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: left;
+  vertical-align: top } th { background: var(--head); font-weight: 600 }
+td { overflow-wrap: break-word; max-width: 40rem }
+#reachability td, #reachability thead th { text-align: center } #reachability tbody th { white-space: nowrap }
+.yes { background: var(--yes) } .no { background: var(--no) } .some, .plain { background: var(--some) }
+.bad { color: var(--bad) } .ok { color: var(--ok) } .scroll { overflow-x: auto } small { color: var(--dim) }
 """
 
 
-def render(store: Store, status: dict[str, Any], subscribers: Sequence[dict[str, Any]]) -> str:
+class _Cell(str):
+    """A text in a colour."""
+
+    css: str
+
+    def __new__(cls, text: str, css: str) -> _Cell:
+        made = super().__new__(cls, text)
+        made.css = css
+        return made
+
+
+def render(
+    store: Store, status: dict[str, Any], subscribers: Sequence[dict[str, Any]], *, trust_domain: str, number: int
+) -> str:
     """The page.
 
     Args:
         store: the mesh as a ztunnel sees it.
         status: as `/ready` has it, with the texts of warnings.
         subscribers: as `/subscribers` has them.
+        trust_domain: the mesh's; it is left out of identities.
+        number: of the newest change that proxies may have been told.
     """
     state = status["status"]
+    counts = (
+        (len(store.workloads), "workloads"),
+        (len(store.services), "services"),
+        (len(store.policies), "policies"),
+        (len(subscribers), "proxies connected"),
+    )
+    short = functools.partial(_short, trust_domain=trust_domain)
     parts = [
-        f'<p>Documents: <b class="{"ok" if state == "ok" else "bad"}">{_text(state)}</b></p>',
+        f"<p>Trust domain {_text(trust_domain)}: {', '.join(f'{count} {what}' for count, what in counts)}."
+        f' Documents: <b class="{"ok" if state == "ok" else "bad"}">{_text(state)}</b></p>',
         _list("Not in force", status["problems"]),
         _list("Warnings", status["warnings"]),
         _section(
-            "Workloads", ("workload", "addresses", "identity", "reached by", "state", "services"), _workloads(store)
+            "Workloads",
+            ("workload", "addresses", "identity", "reached by", "state", "services"),
+            _workloads(store, short),
         ),
-        _section("Services", ("service", "addresses", "ports", "endpoints", "waypoint"), _services(store)),
-        _matrix(reachability(store)),
-        _section("Policies", ("policy", "action", "scope", "rules"), _policies(store)),
-        _section("Proxies", ("node", "identity", "from", "policies", "addresses"), map(_proxy, subscribers)),
+        _section("Services", ("service", "addresses", "ports", "healthy endpoints", "waypoint"), _services(store)),
+        _matrix(reachability(store), short),
+        _section("Policies", ("policy", "action", "holds for", "says"), _policies(store)),
+        _section(
+            "Proxies",
+            ("proxy", "identity", "from", "policies", "addresses"),
+            (_proxy(item, short, number) for item in subscribers),
+        ),
     ]
     body = "\n".join(part for part in parts if part)
     return (
@@ -75,6 +111,13 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+def _short(identity: object, trust_domain: str) -> str:
+    """An identity as `explain` takes it; whole where it is of another trust domain."""
+    text = str(identity)
+    found = text.removeprefix(f"spiffe://{trust_domain}/ns/")
+    return text if found == text else found
+
+
 def _list(title: str, items: Sequence[str]) -> str:
     if not items:
         return ""
@@ -83,13 +126,18 @@ def _list(title: str, items: Sequence[str]) -> str:
     return f"<h2>{_text(title)}</h2><ul>{shown}</ul>{more}"
 
 
+def _td(cell: str) -> str:
+    css = f' class="{cell.css}"' if isinstance(cell, _Cell) else ""
+    return f"<td{css}>{_text(cell)}</td>"
+
+
 def _section(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; it ends where people stop to read."""
     remaining = iter(rows)
-    lines = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in itertools.islice(remaining, MAX_ROWS)]
+    lines = ["".join(map(_td, row)) for row in itertools.islice(remaining, MAX_ROWS)]
     more = sum(1 for _ in remaining)
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    body = "".join(f"<tr>{line}</tr>" for line in lines) or f'<tr><td colspan="{len(header)}">none</td></tr>'
     note = f"<p><small>and {more} more</small></p>" if more else ""
     name = title.lower()
     return (
@@ -98,15 +146,14 @@ def _section(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -
     )
 
 
-def _workloads(store: Store) -> Iterable[Sequence[str]]:
-    for uid in sorted(store.workloads):
-        item = store.workloads[uid]
+def _workloads(store: Store, short: Callable[[object], str]) -> Iterable[Sequence[str]]:
+    for item in sorted(store.workloads.values(), key=lambda item: (item.namespace, item.name, item.uid)):
         yield (
             f"{item.namespace}/{item.name}",
             ", ".join(map(str, item.addresses)) or item.hostname or "-",
-            str(item.identity),
-            item.protocol.value,
-            "healthy" if item.healthy else "unhealthy",
+            short(item.identity),
+            "HBONE" if item.protocol is Protocol.HBONE else _Cell("plaintext", "plain"),
+            "healthy" if item.healthy else _Cell("unhealthy", "no"),
             ", ".join(sorted(item.services)) or "-",
         )
 
@@ -114,54 +161,122 @@ def _workloads(store: Store) -> Iterable[Sequence[str]]:
 def _services(store: Store) -> Iterable[Sequence[str]]:
     for key in sorted(store.services):
         item = store.services[key]
+        good, known = len(store.endpoints(item)), len(store.members(item))
         yield (
             key,
-            ", ".join(str(vip.ip) for vip in item.vips) or "-",
+            ", ".join([*(str(vip.ip) for vip in item.vips), *(str(network) for _, network in item.cidrs)]) or "-",
             ", ".join(f"{port}" for port in sorted(item.ports)),
-            f"{len(store.endpoints(item))} of {len(store.members(item))}",
+            _Cell(f"{good} of {known}", "yes" if good == known > 0 else "some" if good else "no"),
             str(item.waypoint) if item.waypoint is not None else "-",
         )
 
 
 def _policies(store: Store) -> Iterable[Sequence[str]]:
+    named: collections.Counter[str] = collections.Counter()
+    for workload in store.workloads.values():
+        named.update(workload.authorization_policies)
     for key in sorted(store.policies):
         item = store.policies[key]
-        yield key, item.action.name, item.scope.name, str(len(item.rules))
+        where = {
+            PolicyScope.GLOBAL: "all workloads",
+            PolicyScope.NAMESPACE: f"namespace {item.namespace}",
+            PolicyScope.WORKLOAD_SELECTOR: f"{named[key]} workload{'' if named[key] == 1 else 's'}",
+        }
+        text = says(item)
+        cut = f"{text[:MAX_TEXT]}..." if len(text) > MAX_TEXT else text
+        yield key, _Cell(item.action.name, "yes" if item.action is Action.ALLOW else "no"), where[item.scope], cut
 
 
-def _matrix(found: dict[str, Any]) -> str:
+def says(policy: Authorization) -> str:
+    """The rules of a policy in words."""
+    return (
+        "; or ".join(" and ".join(sorted(map(_clause, rule), key=_is_to)) or "anyone" for rule in policy.rules)
+        or "nobody"
+    )
+
+
+def _is_to(text: str) -> bool:
+    """Who comes before where, which is not their order on the wire."""
+    return text.startswith("to ")
+
+
+def _clause(clause: Clause) -> str:
+    found = [_match(match) for match in clause]
+    return f"({' or '.join(found)})" if len(found) > 1 else "".join(found) or "anything"
+
+
+_FIELDS = (
+    ("principals", "identity"),
+    ("namespaces", "from namespace"),
+    ("service_accounts", "from account"),
+    ("source_ips", "from address"),
+    ("destination_ips", "to address"),
+    ("destination_ports", "to port"),
+)
+
+
+def _match(match: Match) -> str:
+    found = []
+    for name, words in _FIELDS:
+        for field, no in ((name, ""), (f"not_{name}", "not ")):
+            values = [_value(value) for value in getattr(match, field)]
+            if values == ["any"]:
+                found.append(f"{'no' if no else 'any'} {words.removeprefix('from ')}")
+            elif values:
+                found.append(f"{no}{words} {' or '.join(values)}")
+    return " and ".join(found) or "nothing that a ztunnel sees"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, ServiceAccount):
+        return f"{value.namespace}/{value.name}"
+    if not isinstance(value, StringMatch):
+        return str(value)
+    return {Kind.EXACT: value.text, Kind.PREFIX: f"{value.text}*", Kind.SUFFIX: f"*{value.text}", Kind.PRESENCE: "any"}[
+        value.kind
+    ]
+
+
+def _matrix(found: dict[str, Any], short: Callable[[object], str]) -> str:
     if not found["rows"] or not found["targets"]:
         return ""
-    head = "".join(f"<th>{_text(target)}</th>" for target in found["targets"])
+    places = [target.rpartition(":")[::2] for target in found["targets"]]
+    services = ((key, len(list(group))) for key, group in itertools.groupby(places, key=lambda place: place[0]))
+    head = "".join(f'<th colspan="{count}">{_text(key)}</th>' for key, count in services)
+    ports = "".join(f"<th>{_text(port)}</th>" for _, port in places)
     lines = [
-        f"<tr><th>{_text(row['identity'])}</th>"
-        + "".join(f'<td class="{_text(cell)}">{_text(cell)}</td>' for cell in row["cells"])
-        + "</tr>"
+        f"<tr><th>{_text(short(row['identity']))}</th>{''.join(_td(_Cell(cell, cell)) for cell in row['cells'])}</tr>"
         for row in found["rows"]
     ]
     note = "<p><small>Not all of the mesh: ask 'miniistiod explain' for the rest.</small></p>" if found["cut"] else ""
     return (
-        "<h2>Who may talk to whom</h2><p><small>By the policies of a service's endpoints, over a tunnel.</small></p>"
-        f'<div class="scroll"><table id="reachability"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>{note}"
+        "<h2>Who may talk to whom</h2><p><small>Identities, and the ports of services, by the policies of the services'"
+        " endpoints. some: of the endpoints; plain: reached in plaintext, and only a ztunnel there would ask; waypoint:"
+        " decided there; -: no endpoint.</small></p>"
+        f'<div class="scroll"><table id="reachability"><thead><tr><th rowspan="2">from</th>{head}</tr><tr>{ports}</tr>'
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div>{note}"
     )
 
 
-def _proxy(item: dict[str, Any]) -> Sequence[str]:
+def _proxy(item: dict[str, Any], short: Callable[[object], str], number: int) -> Sequence[str]:
     kinds = {url.rpartition(".")[2]: kind for url, kind in item["types"].items()}
+    parts = item["node"].split("~")
     return (
-        item["node"],
-        item["identity"],
+        parts[2] if len(parts) == 4 else item["node"],
+        short(item["identity"]),
         item["remote"],
-        _state(kinds.get("Authorization")),
-        _state(kinds.get("Address")),
+        _state(kinds.get("Authorization"), number),
+        _state(kinds.get("Address"), number),
     )
 
 
-def _state(kind: dict[str, Any] | None) -> str:
+def _state(kind: dict[str, Any] | None, number: int) -> str:
     """What a proxy said to the last that it was sent."""
     if kind is None:
-        return "not asked for"
+        return _Cell("not asked for", "some")
     if kind["rejected"]:
-        return f"rejected: {kind['rejected']}"
-    return f"acknowledged {kind['number']}" if kind["acknowledged"] else "sent, not acknowledged yet"
+        return _Cell(f"rejected: {kind['rejected']}", "no")
+    if not kind["acknowledged"]:
+        return _Cell("sent, not acknowledged yet", "some")
+    behind = number - kind["number"]
+    return _Cell(f"acknowledged {kind['has']}", "yes") if behind <= 0 else _Cell(f"changes behind: {behind}", "some")

@@ -88,7 +88,10 @@ def admin_app(mesh: Mesh, store: Store, api: Api) -> App:
         elif path == "/":
             subscribers = _subscribers(api)
             status = await ready()
-            page = await mesh.ask(lambda view: overview.render(view, status, subscribers))
+            trust_domain, number = store.trust_domain, mesh.catalog.number
+            page = await mesh.ask(
+                lambda view: overview.render(view, status, subscribers, trust_domain=trust_domain, number=number)
+            )
             await _respond(send, 200, page, "text/html; charset=utf-8", overview.HEADERS)
         elif path in asked:
             try:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import trio
-from tests.support.miniistiod import MESH, control_plane
+from tests.support.miniistiod import control_plane
 
 from hbone.daemon.http import serve_asgi
 from miniistiod.pages import admin_app
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytestmark = pytest.mark.interop
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SECONDS = 60.0
-ADDRESS = "10.1.0.1"
+MESH = (Path(__file__).parents[1] / "data" / "overview.yaml").read_text()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
@@ -46,6 +43,7 @@ async def test_a_browser_shows_the_mesh_and_asks_nobody_else(tmp_path: Path) -> 
         nursery.cancel_scope.cancel()
     shown = found.stdout.decode()
     assert '<table id="reachability">' in shown
-    assert ADDRESS in shown
-    assert 'class="yes"' in shown
+    assert "2001:db8::12" in shown
+    for colour in ("yes", "no", "some", "plain", "waypoint"):
+        assert f'class="{colour}"' in shown
     assert set(asked) <= {"/", "/favicon.ico"}
