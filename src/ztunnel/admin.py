@@ -15,10 +15,12 @@ import trio
 
 from hbone.daemon import logs
 from hbone.errors import ConfigurationError
-from ztunnel import dump
+from ztunnel import jsonstream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+
+    SendBytes = Callable[[bytes], Awaitable[None]]
 
     from hbone.daemon.http import App, Receive, Scope, Send
     from ztunnel.metrics import Metrics
@@ -55,6 +57,8 @@ class Page:
     status: int = 200
     content_type: str = "text/plain; charset=utf-8"
     body: bytes = b""
+    write: Callable[[SendBytes], Awaitable[None]] | None = None
+    """Writes the body in parts, in place of `body`; the length is not known before."""
     then: Callable[[], None] | None = None
     """Called once the answer has been sent."""
 
@@ -78,7 +82,7 @@ class AdminView(Protocol):
     """What the admin pages show, and the one thing that they start."""
 
     async def config_dump(self) -> dict[str, Any]:
-        """Everything that is known, without secrets."""
+        """Everything that is known, without secrets; long lists as `jsonstream.Rows`."""
         ...
 
     async def refresh(self) -> None:
@@ -139,13 +143,16 @@ def router(routes: Mapping[str, Route]) -> App:
             page = await route(Request(method=scope["method"], query=query, accept=accept.decode("latin-1")))
         headers = [
             (b"content-type", page.content_type.encode()),
-            (b"content-length", str(len(page.body)).encode()),
             (b"cache-control", b"no-store"),
             (b"x-content-type-options", b"nosniff"),
         ]
+        if page.write is None:
+            headers.append((b"content-length", str(len(page.body)).encode()))
         await send({"type": "http.response.start", "status": page.status, "headers": headers})
-        body = b"" if scope["method"] == "HEAD" else page.body
-        await send({"type": "http.response.body", "body": body})
+        no_body = scope["method"] == "HEAD"
+        if page.write is not None and not no_body:
+            await page.write(lambda part: send({"type": "http.response.body", "body": part, "more_body": True}))
+        await send({"type": "http.response.body", "body": b"" if no_body else page.body})
         if page.then is not None:
             page.then()
 
@@ -162,7 +169,8 @@ def admin_app(view: AdminView) -> App:
         return Page(content_type="text/html; charset=utf-8", body=text.encode())
 
     async def config_dump(_: Request) -> Page:
-        return Page(content_type="application/json", body=await dump.encode(await view.config_dump()))
+        found = await view.config_dump()
+        return Page(content_type="application/json", write=lambda send: jsonstream.write(found, send))
 
     async def status(_: Request) -> Page:
         await view.refresh()

@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from importlib.metadata import version
@@ -23,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from hbone.daemon import logs
-from hbone.daemon.http import serve_asgi, unix_listener
+from hbone.daemon.http import HttpLimits, serve_asgi, unix_listener
 from hbone.errors import ConfigurationError, IdentityError
 from ztunnel import dump
 from ztunnel.admin import Readiness, admin_app, readiness_app, stats_app
 from ztunnel.datapath import data_path
 from ztunnel.dataplane import Reactor
 from ztunnel.dataplane.local import LocalWorkload
+from ztunnel.dumpconfig import config_dump
 from ztunnel.errors import address_text
 from ztunnel.membership import Membership, timestamp
 from ztunnel.metrics import Metrics
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     Pages = tuple[AsgiApp, Sequence[trio.SocketListener], tuple[str, ...] | None]
 
 __all__ = ["Daemon", "notify", "run"]
+
+PAGES = HttpLimits(request_seconds=600)
+"""A dump of a large mesh takes its time, because connections go first; so does a profile."""
 
 log = logs.get_logger("ztunnel.app")
 
@@ -112,7 +117,7 @@ class Daemon:
             ca=self.config.ca_address,
             state=str(self.state.path) if self.state else None,
             descriptors=limit,
-            config=self.config.dump,
+            config=config_dump(self.config),
         )
         for text in self.config.warnings:
             log.warning("setting ignored", error=text)
@@ -126,7 +131,7 @@ class Daemon:
             self.mesh.restore()
             async with trio.open_nursery() as nursery:
                 for app, listeners, hosts in pages:
-                    await nursery.start(functools.partial(serve_asgi, app, listeners, hosts=hosts))
+                    await nursery.start(functools.partial(serve_asgi, app, listeners, limits=PAGES, hosts=hosts))
                 await nursery.start(self._take_signals)
                 if self.dns is not None:
                     await nursery.start(self.dns.run)
@@ -241,18 +246,25 @@ class Daemon:
 
     async def config_dump(self) -> dict[str, Any]:
         """Everything that is known, without secrets. Source: Istio's ztunnel, config dump."""
-        found = await dump.mesh_dump(self.mesh.store)
-        found["certificates"] = dump.dump_certificates(self.mesh.svids)
-        found["version"] = {
-            "version": version("hbone"),
-            "pythonVersion": sys.version.split()[0],
-            "istioVersion": self.config.istio_version,
-        }
-        found["config"] = self.config.dump
         await self.path.refresh("connections")
-        found["connections"] = self.path.connections()
-        found["tunnels"] = self.path.tunnels()
-        return found
+        mesh = self.mesh
+        return {
+            **dump.mesh_dump(mesh.store),
+            "staticConfig": dump.static_dump(mesh.local),
+            "certificates": dump.dump_certificates(mesh.svids),
+            "version": {
+                "version": version("hbone"),
+                "pythonVersion": sys.version.split()[0],
+                "cryptoProvider": ssl.OPENSSL_VERSION,
+                "istioVersion": self.config.istio_version,
+            },
+            "config": config_dump(self.config),
+            "connections": self.path.connections(),
+            "tunnels": self.path.tunnels(),
+            "workloadState": dump.workload_state(
+                mesh.own_workload(), self.path.connections(), ready=self.readiness.ready
+            ),
+        }
 
     async def explain(self, destination: str, source: str | None) -> dict[str, Any]:
         """What the mesh does with a connection.

@@ -29,7 +29,6 @@ from ztunnel.environment import (
     parse_url,
     setting,
 )
-from ztunnel.errors import address_text
 from ztunnel.settings import read_settings, supported_variables
 
 if TYPE_CHECKING:
@@ -466,19 +465,6 @@ class Config:
             max_frame_size=self.frame_size,
         )
 
-    @property
-    def dump(self) -> dict[str, Any]:
-        """All settings for people to read; secrets are left out."""
-        values: dict[str, Any] = {}
-        for field in attrs.fields(Config):
-            if field.repr:
-                value = getattr(self, field.name)
-                if field.name == "dns_servers":
-                    value = [address_text(server) for server in value]
-                plain = value is None or isinstance(value, (bool, int, float, dict, tuple, list))
-                values[_camel(field.name)] = value if plain else str(value)
-        return values
-
     @classmethod
     def variables(cls) -> list[Variable]:
         """Every environment variable that is read, for the documentation."""
@@ -496,8 +482,3 @@ class Config:
             ConfigurationError: one sentence that names the variable and its value.
         """
         return cls(**read_settings(attrs.fields(cls), environ, directory or Path()))
-
-
-def _camel(name: str) -> str:
-    head, *rest = name.split("_")
-    return head + "".join(part.title() for part in rest)

@@ -13,6 +13,7 @@ from ztunnel.logs import INBOUND, OUTBOUND, AccessLog
 if TYPE_CHECKING:
     from ztunnel.config import Config
     from ztunnel.dataplane import Reactor
+    from ztunnel.jsonstream import Rows
     from ztunnel.membership import Membership
     from ztunnel.metrics import Metrics
 
@@ -59,8 +60,8 @@ class DataPath(Protocol):
         """How many, by direction."""
         ...
 
-    def connections(self) -> dict[str, list[dict[str, Any]]]:
-        """Each, by direction."""
+    def connections(self) -> dict[str, Rows]:
+        """Each, by direction; to be written once."""
         ...
 
     def tunnels(self) -> list[dict[str, Any]]:
@@ -132,8 +133,8 @@ class OneProcess:
         connections = self.plane.connections
         return {INBOUND: len(connections.inbound), OUTBOUND: len(connections.outbound)}
 
-    def connections(self) -> dict[str, list[dict[str, Any]]]:
-        """Each, by direction."""
+    def connections(self) -> dict[str, Rows]:
+        """Each, by direction; to be written once."""
         return self.plane.connections.dump()
 
     def tunnels(self) -> list[dict[str, Any]]:

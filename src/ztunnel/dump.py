@@ -4,72 +4,67 @@ from __future__ import annotations
 
 import base64
 import enum
-import json
-import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import trio
 from cryptography.hazmat.primitives import serialization
 
+from ztunnel.jsonstream import Rows, in_order
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Mapping
 
     from cryptography import x509
 
     from ztunnel.control.svids import SvidManager
     from ztunnel.mesh import Authorization, Endpoint, Service, Store, Workload
     from ztunnel.mesh.address import GatewayAddress
+    from ztunnel.mesh.local import LocalFile
     from ztunnel.mesh.policy import Match, ServiceAccount, StringMatch
 
-__all__ = ["TIME", "dump_certificates", "encode", "mesh_dump"]
+__all__ = ["TIME", "dump_certificates", "mesh_dump", "static_dump", "workload_state"]
 
-T = TypeVar("T")
-R = TypeVar("R")
-SLICE = 0.001
-"""Seconds of work between two yields to the data path."""
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
-async def mesh_dump(store: Store) -> dict[str, Any]:
-    """Workloads, services, policies and staged services, put together in slices."""
+def mesh_dump(store: Store) -> dict[str, Any]:
+    """Workloads, services, policies and staged services as they are now; each entry is made when it is written."""
     return {
-        "workloads": await _in_slices(_workload, sorted(store.workloads.values(), key=lambda found: found.uid)),
-        "services": await _in_slices(
-            lambda service: _service(service, store), sorted(store.services.values(), key=lambda found: found.hostname)
+        "workloads": Rows(in_order(store.workloads.values(), lambda found: found.uid), _workload),
+        "services": Rows(
+            in_order(store.services.values(), lambda found: found.hostname), lambda service: _service(service, store)
         ),
-        "policies": await _in_slices(_policy, sorted(store.policies.values(), key=lambda found: found.key)),
-        "stagedServices": {key: _endpoints(members) for key, members in store.staged().items()},
+        "policies": Rows(in_order(store.policies.values(), lambda found: found.key), _policy),
+        "stagedServices": Rows(
+            in_order(store.staged().items(), lambda found: found[0]),
+            lambda found: (found[0], _endpoints(found[1])),
+            named=True,
+        ),
     }
 
 
-async def encode(dumped: Mapping[str, Any]) -> bytes:
-    """JSON, indented, keys sorted; long lists in slices, because the data path waits meanwhile."""
-    parts: list[str] = []
-    for key in sorted(dumped):
-        value = dumped[key]
-        if isinstance(value, list) and value:
-            entries = await _in_slices(lambda entry: _json(entry, "\n    "), value)
-            text = "[\n    " + ",\n    ".join(entries) + "\n  ]"
-        else:
-            text = _json(value, "\n  ")
-        parts.append(f"  {json.dumps(key)}: {text}")
-    return ("{\n" + ",\n".join(parts) + "\n}\n").encode()
+def static_dump(local: LocalFile | None) -> dict[str, Any]:
+    """What the local file described at the start, which is what is in force; ztunnel reads it again to show it."""
+    return {
+        "workloads": Rows(local.workloads if local is not None else (), _workload),
+        "policies": Rows(local.policies if local is not None else (), _policy),
+        "services": Rows(local.services if local is not None else (), lambda service: _service(service, None)),
+    }
 
 
-def _json(value: Any, newline: str) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, default=str).replace("\n", newline)
-
-
-async def _in_slices(make: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    made: list[R] = []
-    end = time.perf_counter() + SLICE
-    for item in items:
-        made.append(make(item))
-        if time.perf_counter() >= end:
-            await trio.lowlevel.checkpoint()
-            end = time.perf_counter() + SLICE
-    return made
+def workload_state(
+    workload: Workload | None, connections: Mapping[str, Any], *, ready: bool
+) -> dict[str, dict[str, Any]]:
+    """The workload that is served with its connections, in the form of shared mode: `istioctl` reads them there."""
+    if workload is None:
+        return {}
+    info = {
+        "name": workload.name,
+        "namespace": workload.namespace,
+        "trustDomain": workload.trust_domain,
+        "serviceAccount": workload.service_account,
+    }
+    return {workload.uid: {"state": "Up" if ready else "Pending", "connections": connections, "info": info}}
 
 
 def dump_certificates(svids: SvidManager) -> list[dict[str, Any]]:
@@ -173,14 +168,16 @@ def _service(service: Service, store: Store | None) -> dict[str, Any]:
     return found | {key: value for key, value in optional.items() if value}
 
 
-def _endpoints(members: Mapping[str, Endpoint]) -> dict[str, Any]:
-    return {
-        uid: {
-            "workloadUid": endpoint.workload_uid,
-            "port": {str(port): target for port, target in endpoint.ports.items()},
-            "status": "Healthy" if endpoint.healthy else "Unhealthy",
-        }
-        for uid, endpoint in sorted(members.items())
+def _endpoints(members: Mapping[str, Endpoint]) -> Rows:
+    return Rows(in_order(members.items(), lambda found: found[0]), _endpoint, named=True)
+
+
+def _endpoint(found: tuple[str, Endpoint]) -> tuple[str, dict[str, Any]]:
+    uid, endpoint = found
+    return uid, {
+        "workloadUid": endpoint.workload_uid,
+        "port": {str(port): target for port, target in endpoint.ports.items()},
+        "status": "Healthy" if endpoint.healthy else "Unhealthy",
     }
 
 
@@ -190,7 +187,7 @@ def _policy(policy: Authorization) -> dict[str, Any]:
         "namespace": policy.namespace,
         "scope": policy.scope.value,
         "action": policy.action.value,
-        "rules": [[[_match(match) for match in clause] for clause in rule] for rule in policy.rules],
+        "rules": Rows(policy.rules, lambda rule: [[_match(match) for match in clause] for clause in rule]),
         "dryRun": policy.dry_run,
     }
     if policy.unusable:

@@ -82,7 +82,8 @@ class Membership:
         self._wall = wall
         self.local_text: str | None = None
         """The local file, where there is one."""
-        self._local = self._read_local()
+        self.local = self._read_local()
+        """What it describes."""
         self.spread: Callable[[bytes, int], Awaitable[None]] = _nobody_else
         """Gets each response of discovery that was applied, and the number of its resources, before it is acknowledged.
         """
@@ -208,7 +209,7 @@ class Membership:
 
     def local_names(self) -> tuple[set[str], set[str]]:
         """Names of what the local file describes: workloads and services, and policies."""
-        local = self._local
+        local = self.local
         if local is None:
             return set(), set()
         addresses = {workload.uid for workload in local.workloads} | {service.key for service in local.services}
@@ -216,8 +217,8 @@ class Membership:
 
     def restore(self) -> None:
         """Put the local file, and what was kept on disk, in force."""
-        if self._local is not None:
-            self._local.apply(self.store)
+        if self.local is not None:
+            self.local.apply(self.store)
         self.revocations.restore()
         state = self.state
         if state is None:

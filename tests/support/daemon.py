@@ -19,7 +19,7 @@ from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from ztunnel.wire import authorization_pb2, workload_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 CA = Authority(at=time.time())
@@ -120,7 +120,21 @@ async def exchange(
         while data := await stream.receive_some(65_536):
             answer += data
     top, _, body = bytes(answer).partition(b"\r\n\r\n")
+    if b"transfer-encoding: chunked" in top.lower():
+        body = b"".join(unchunked(body))
     return int(top.split(b" ", 2)[1]), body.decode()
+
+
+def unchunked(body: bytes) -> Iterator[bytes]:
+    """The parts of a body whose length was not known before."""
+    while True:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size, 16)
+        if not length:
+            return
+        yield body[:length]
+        assert body[length : length + 2] == b"\r\n"
+        body = body[length + 2 :]
 
 
 @contextlib.asynccontextmanager

@@ -49,7 +49,7 @@ async def test_config_dump_has_ztunnels_keys_and_no_secret() -> None:
         assert certificate["state"] == "Available"
         assert set(certificate["certChain"][0]) == {"pem", "serialNumber", "validFrom", "expirationTime"}
         assert len(certificate["rootCerts"]) == 1
-        assert dump["config"]["proxyMode"] == "dedicated"
+        assert dump["config"]["proxyMode"] == "Dedicated"
         assert dump["version"]["version"]
         assert dump["connections"] == {"inbound": [], "outbound": []}
         for page in (body, (await ztunnel.http("admin", "/status"))[1]):

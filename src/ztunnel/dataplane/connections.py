@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from ztunnel.errors import DataplaneError, PolicyChanged, ResponseFlag, address_text
+from ztunnel.jsonstream import Rows
 from ztunnel.logs import INBOUND, OUTBOUND
 from ztunnel.mesh.rbac import decide
 
@@ -119,11 +120,11 @@ class AppConnection:
         """Cut it, for `error`."""
         raise NotImplementedError
 
-    def dump(self) -> dict[str, Any]:
-        """For `config_dump`. Source: ztunnel's dump of connections."""
+    def dump(self) -> dict[str, Any] | None:
+        """For `config_dump`; None before there is something to say. Source: ztunnel's dump of connections."""
         record = self.record
         if record is None:
-            return {}
+            return None
         return {
             "src": record.source,
             "originalDst": record.parties.hbone_authority,
@@ -239,9 +240,9 @@ class Connections:
         if connection is not None and not connection.closed:
             connection.abort(PolicyChanged())
 
-    def dump(self) -> dict[str, list[dict[str, Any]]]:
-        """For `config_dump`."""
+    def dump(self) -> dict[str, Rows]:
+        """For `config_dump`; each is made when it is written."""
         return {
-            INBOUND: [connection.dump() for connection in self.inbound],
-            OUTBOUND: [connection.dump() for connection in self.outbound],
+            INBOUND: Rows(list(self.inbound), lambda connection: connection.dump()),
+            OUTBOUND: Rows(list(self.outbound), lambda connection: connection.dump()),
         }

@@ -430,4 +430,4 @@ class OutboundConnection(AppConnection):
 
     def dump(self) -> dict[str, Any]:
         """With where the app wanted to go."""
-        return {**super().dump(), "originalDst": address_text(self.destination)}
+        return {**(super().dump() or {}), "originalDst": address_text(self.destination)}

@@ -371,9 +371,9 @@ class Store:
         """All endpoints of a service, healthy or not."""
         return {**service.endpoints, **self._members.get(service.key, {})}
 
-    def staged(self) -> dict[str, dict[str, Endpoint]]:
-        """Endpoints that wait for their service."""
-        return {key: dict(members) for key, members in self._members.items() if key not in self.services}
+    def staged(self) -> dict[str, Mapping[str, Endpoint]]:
+        """Endpoints that wait for their service, by its key."""
+        return {key: members for key, members in self._members.items() if key not in self.services}
 
     def rejection(self, network: str, ip: IpAddress) -> RejectedResource | None:
         """The unreadable resource that claims an address nobody else has."""

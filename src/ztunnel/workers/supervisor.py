@@ -18,6 +18,7 @@ from ztunnel.control.svids import Backoff
 from ztunnel.dataplane import SocketCalls, options_of
 from ztunnel.dataplane.listener import open_listeners
 from ztunnel.errors import address_text
+from ztunnel.jsonstream import Rows
 from ztunnel.logs import INBOUND, OUTBOUND
 from ztunnel.membership import timestamp
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
@@ -422,13 +423,16 @@ class Supervisor:
         """How many there are, by direction, as of the last `refresh`."""
         return {way: sum(int(link.report.get(way, 0)) for link in self._links()) for way in (INBOUND, OUTBOUND)}
 
-    def connections(self) -> dict[str, list[dict[str, Any]]]:
+    def connections(self) -> dict[str, Rows]:
         """Each of them, by direction, as of the last `refresh`."""
-        found: dict[str, list[dict[str, Any]]] = {INBOUND: [], OUTBOUND: []}
-        for link in self._links():
-            for way, connections in link.report.get("connections", {}).items():
-                found[way] += [{**connection, "worker": link.number} for connection in connections]
-        return found
+        reports = [(link.number, link.report.get("connections", {})) for link in self._links()]
+        return {
+            way: Rows(
+                ((number, connection) for number, found in reports for connection in found.get(way, ())),
+                lambda item: {**item[1], "worker": item[0]},
+            )
+            for way in (INBOUND, OUTBOUND)
+        }
 
     def tunnels(self) -> list[dict[str, Any]]:
         """Tunnels of all, as of the last `refresh`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import os
 import socket
 import time
@@ -17,6 +16,7 @@ import attrs
 import trio
 
 from hbone.daemon import logs
+from ztunnel import jsonstream
 from ztunnel.control.apply import apply
 from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import FETCH_TIMEOUT, NoCertificate
@@ -152,6 +152,7 @@ class Worker:
         self._out: collections.deque[bytes] = collections.deque()
         self._wake_writer = trio.Event()
         self._work, self._changes = trio.open_memory_channel[Message](float("inf"))  # the parent waits for each
+        self._asked, self._questions = trio.open_memory_channel[Message](float("inf"))  # the parent waits for each
         self._drain = trio.Event()
         self.store.subscribe(self._on_change)
 
@@ -168,6 +169,7 @@ class Worker:
                 nursery.start_soon(self._read)
                 nursery.start_soon(self._write)
                 nursery.start_soon(self._change)
+                nursery.start_soon(self._answer)
                 await self._drain.wait()
                 for number, theirs in enumerate(sockets):
                     if number != self.number:
@@ -198,7 +200,7 @@ class Worker:
     def _obey(self, message: Message) -> None:
         kind, body = message.kind, message.body
         if kind is Kind.REPORT:
-            self._send(Message(Kind.REPORTED, message.number, json.dumps(self._report(body.decode())).encode()))
+            self._asked.send_nowait(message)
         elif kind is Kind.NO_IDENTITY:
             self.identity.refused(body.decode())
         elif kind is Kind.COVER:
@@ -259,6 +261,12 @@ class Worker:
             self.identity.want(workload.identity)
 
     # to the parent
+
+    async def _answer(self) -> None:
+        """A report may be long, and the data path goes on meanwhile."""
+        async for message in self._questions:
+            body = await jsonstream.collect(self._report(message.body.decode()))
+            self._send(Message(Kind.REPORTED, message.number, body))
 
     def _report(self, what: str) -> dict[str, Any]:
         plane = self.dataplane
