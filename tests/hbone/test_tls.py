@@ -261,6 +261,20 @@ def test_two_trust_domains_that_know_each_other_meet() -> None:
     assert client.peer_id == OTHER.id("shop", "orders")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_with_two_roots_peers_of_either_are_believed(order: int) -> None:
+    old, new = TestCa(), TestCa()
+    both = TrustBundle("cluster.local", (old.root, new.root)[::order])
+    server = Identity(new.svid("shop", "orders"), both)
+    for ca in (old, new):
+        client, there = ends(client=Identity(ca.svid("shop", "web"), both), server=server)
+        assert join(client, there) == (None, None)
+        assert there.peer_root == ca.root
+    stranger = Identity(TestCa().svid("shop", "web"), both)
+    _, at_server = join(*ends(client=stranger, server=server))
+    assert at_server is not None
+
+
 def test_a_root_of_one_trust_domain_cannot_sign_for_another(kind: type[TlsConnection]) -> None:
     stolen = OTHER.issue(uris=[str(CA.id("shop", "web"))])
     client = Identity(stolen.svid(), [CA.bundle, OTHER.bundle])

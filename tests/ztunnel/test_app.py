@@ -64,6 +64,22 @@ async def test_ends_when_told_even_if_it_never_became_ready() -> None:
             assert not ztunnel.daemon.readiness.ready
 
 
+async def test_a_post_to_the_admin_page_ends_the_daemon() -> None:
+    ended = trio.Event()
+    async with running() as ztunnel:
+        await ztunnel.sync()
+        await ztunnel.until_ready()
+        address = ztunnel.address("hbone")
+        assert await ztunnel.http("admin", "/quitquitquit", "POST") == (200, "shutdown now\n")
+        with trio.fail_after(30):
+            while not ended.is_set():
+                try:
+                    await (await trio.open_tcp_stream(*address)).aclose()
+                    await trio.sleep(0.02)
+                except OSError:
+                    ended.set()
+
+
 async def test_restart_while_the_control_plane_is_away_serves_on_with_policy_and_certificate(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with running(state=state) as ztunnel:
@@ -177,6 +193,9 @@ async def test_address_in_use_is_named() -> None:
         for variable, what in (
             ("ZTUNNEL_STATS_PORT", "stats"),
             ("ZTUNNEL_HBONE_PORT", "hbone"),
+            ("ZTUNNEL_INBOUND_PORT", "inbound"),
+            ("ZTUNNEL_OUTBOUND_PORT", "outbound"),
+            ("ZTUNNEL_ADMIN_PORT", "admin"),
             ("ZTUNNEL_DNS_PORT", "dns"),
         ):
             with pytest.RaisesGroup(

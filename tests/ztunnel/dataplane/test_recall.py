@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 import trio
 import trio.testing
@@ -90,6 +91,79 @@ async def test_a_revoked_intermediate_ends_every_tunnel_below_it() -> None:
         await load(pair.server, CA.crl(middle.certificate))
         await ends(stream)
         await pair.settle(lambda: pair.server.log.errors == [REVOKED])
+
+
+async def test_a_revoked_intermediate_two_levels_up_ends_the_tunnels_below_it() -> None:
+    upper = CA.intermediate("upper")
+    lower = upper.intermediate("lower")
+    async with open_pair() as pair:
+        await pair.serve(echo)
+        pair.client.identities.identity = Identity(lower.svid("default", "client"), CA.bundle)
+        stream = await opened(pair)
+        await load(pair.server, CA.crl(upper.certificate), upper.crl())
+        await ends(stream)
+        await pair.settle(lambda: pair.server.log.errors == [REVOKED])
+
+
+async def test_a_leaf_that_its_intermediate_revoked_ends_its_tunnel() -> None:
+    middle = CA.intermediate()
+    async with open_pair() as pair:
+        await pair.serve(echo)
+        pair.client.identities.identity = Identity(middle.svid("default", "client"), CA.bundle)
+        stream = await opened(pair)
+        await load(pair.server, CA.crl(), middle.crl(leaf(pair.client)))
+        await ends(stream)
+        await pair.settle(lambda: pair.server.log.errors == [REVOKED])
+
+
+async def siblings(pair: Pair, one: Identity, other: Identity) -> tuple[trio.SocketStream, trio.SocketStream]:
+    """Two connections of the client, through a tunnel each."""
+    pair.client.identities.identity = one
+    first = await opened(pair)
+    (tunnel,) = pair.client.plane.dialer.tunnels
+    pair.client.plane.dialer.pool.retire(tunnel)
+    pair.client.identities.identity = other
+    second = await opened(pair)
+    assert len(pair.server.plane.inbound.tunnels) == 2
+    return first, second
+
+
+async def lives(stream: trio.SocketStream) -> None:
+    async with stream:
+        await stream.send_all(b"still here")
+        assert await stream.receive_some() == b"still here"
+
+
+async def test_a_revoked_leaf_leaves_its_siblings_alone(pair: Pair) -> None:
+    middle = CA.intermediate()
+    one, other = (Identity(middle.svid("default", "client"), CA.bundle) for _ in range(2))
+    first, second = await siblings(pair, one, other)
+    await load(pair.server, middle.crl(one.svid.leaf), CA.crl())
+    await ends(first)
+    await lives(second)
+
+
+async def test_of_two_intermediates_of_one_name_only_the_revoked_ones_tunnels_end(pair: Pair) -> None:
+    revoked, good = CA.intermediate("twin"), CA.intermediate("twin")
+    one, other = (Identity(ca.svid("default", "client"), CA.bundle) for ca in (revoked, good))
+    first, second = await siblings(pair, one, other)
+    await load(pair.server, CA.crl(revoked.certificate))
+    await ends(first)
+    await lives(second)
+
+
+async def test_an_intermediate_that_is_sent_beside_the_path_does_not_count(pair: Pair) -> None:
+    used, junk = CA.intermediate("used"), CA.intermediate("junk")
+    issued = used.issue(uris=["spiffe://cluster.local/ns/default/sa/client"])
+    sent = attrs.evolve(issued, chain=(*issued.chain, junk.certificate))
+    pair.client.identities.identity = Identity(sent.unchecked_svid(issued.svid().id), CA.bundle)
+    stream = await opened(pair)
+    await load(pair.server, CA.crl(junk.certificate))
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    await stream.send_all(b"still here")
+    assert await stream.receive_some() == b"still here"
+    await load(pair.server, CA.crl(junk.certificate, used.certificate))
+    await ends(stream)
 
 
 async def test_lists_that_name_others_leave_live_tunnels_and_handshakes_alone(pair: Pair) -> None:

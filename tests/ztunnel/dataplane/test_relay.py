@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import select
 from typing import TYPE_CHECKING
 
@@ -359,6 +360,34 @@ def test_a_slow_socket_pauses_the_other() -> None:
     other.takes.clear()
     tell(reactor, other, OUT)
     assert len(other.written) == 20 * CHUNK
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_cuts_of_reads_and_writes_keep_content_and_order(seed: int) -> None:
+    rng = random.Random(seed)
+    socks = ScriptedSocket(), ScriptedSocket()
+    sent = bytearray(), bytearray()
+    reactor, owner = joined(*socks)
+    for number in range(1280):
+        for side, sock in enumerate(socks):
+            data = rng.randbytes(1 + number * 3 // 2)
+            sent[side].extend(data)
+            sock.to_read.append(data)
+        # How much the next writes take: nothing, a few bytes, or whatever there is.
+        for sock in rng.sample(socks, 2):
+            sock.takes.clear()
+            sock.takes.extend(rng.choice((0, 1, 7, 500, 20_000, 1 << 20)) for _ in range(rng.randrange(12)))
+            tell(reactor, sock, IN | rng.choice((0, OUT)))
+    for sock in socks:
+        sock.takes.clear()
+        sock.to_read.append(b"")
+    while not all(sock.closed for sock in socks):
+        for sock in socks:
+            if not sock.closed:
+                tell(reactor, sock, IN | OUT | RDHUP)
+    assert bytes(socks[1].written) == sent[0]
+    assert bytes(socks[0].written) == sent[1]
+    assert owner.ended == 2
 
 
 def test_a_reset_of_one_socket_resets_the_other() -> None:

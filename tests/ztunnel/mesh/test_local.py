@@ -115,6 +115,36 @@ def test_loaded_mesh_routes_and_decides() -> None:
     assert not decide(store, web, Connection(parse_ip("10.1.0.9"), client.identity, at("10.1.0.5:8080"))).allowed
 
 
+LOCALHOST = """
+workloads:
+- {uid: c//v1/Pod/default/app, name: app, namespace: default, serviceAccount: app, workloadIps: [127.0.0.2],
+   protocol: HBONE, services: {default/app.example: {80: 8080}}}
+- {uid: c//v1/Pod/default/far, name: far, namespace: default, workloadIps: [127.0.0.3], network: "",
+   services: {default/far.example: {80: 8080}}}
+services:
+- {name: app, namespace: default, hostname: app.example, vips: [/127.10.0.1], ports: {80: 8080},
+   subjectAltNames: ["spiffe://cluster.local/ns/default/sa/more"]}
+- {name: far, namespace: default, hostname: far.example, vips: [remote/127.10.0.2], ports: {80: 8080}}
+"""
+
+
+def test_virtual_address_of_a_local_file_leads_to_its_workload() -> None:
+    store = Store()
+    load(LOCALHOST).apply(store)
+    client = store.workloads["c//v1/Pod/default/app"]
+    found = route(store, client, at("127.10.0.1:80"))
+    assert isinstance(found, Tunnel)
+    assert (found.authority, found.next_hop) == ("127.0.0.2:8080", at("127.0.0.2:15008"))
+    assert set(map(str, found.expected)) == {
+        "spiffe://cluster.local/ns/default/sa/app",
+        "spiffe://cluster.local/ns/default/sa/more",
+    }
+    assert store.service_by_vip("", parse_ip("127.10.0.2")) is None
+    far = store.service_by_vip("remote", parse_ip("127.10.0.2"))
+    assert far is not None
+    assert list(store.endpoints(far)) == ["c//v1/Pod/default/far"]
+
+
 @pytest.mark.parametrize("text", ["", "{}", "workloads: []", "policies:"])
 def test_empty_files_are_empty(text: str) -> None:
     found = load(text)

@@ -168,6 +168,23 @@ def test_private_service_is_seen_by_its_namespace_only() -> None:
     assert store.service_by_host(private.hostname, "a") is private
 
 
+def test_private_range_is_seen_by_its_namespace_only() -> None:
+    private = service("web", namespace="a", namespace_only=True, cidrs=(("", ip_network("10.96.0.0/16")),))
+    store = store_of(private)
+    vip = parse_ip("10.96.3.4")
+    assert store.service_by_vip("", vip, "a") is private
+    assert store.service_by_vip("", vip, "b") is None
+    assert store.service_by_vip("", vip) is private
+
+
+def test_private_service_leaves_its_host_name_to_others() -> None:
+    private = service("web", namespace="a", hostname="web.example", namespace_only=True)
+    public = service("web", namespace="b", hostname="web.example")
+    store = store_of(private, public)
+    assert store.service_by_host("web.example", "a") is private
+    assert store.service_by_host("web.example", "c") is public
+
+
 def test_range_is_asked_after_a_private_exact_address() -> None:
     store = store_of(
         service("web", "10.96.0.1", namespace="a", namespace_only=True),
@@ -207,6 +224,27 @@ def test_longest_range_wins_and_an_exact_address_before_it(
 def test_families_of_ranges_never_cross() -> None:
     store = store_of(service("v6", cidrs=(("", ip_network("::/0")),)))
     assert store.service_by_vip("", parse_ip("10.0.0.1")) is None
+
+
+def test_service_may_have_ranges_of_both_families_beside_addresses() -> None:
+    both = service("both", "10.9.0.1", cidrs=(("", ip_network("10.8.0.0/16")), ("", ip_network("fd08::/32"))))
+    store = store_of(both)
+    for inside in ("10.9.0.1", "10.8.1.2", "fd08::1"):
+        assert store.service_by_vip("", parse_ip(inside), "default") is both
+    for outside in ("10.9.0.2", "fd09::1", "::ffff:10.7.0.1"):
+        assert store.service_by_vip("", parse_ip(outside), "default") is None
+    store.apply_addresses([], [both.key])
+    assert store.service_by_vip("", parse_ip("fd08::1"), "default") is None
+
+
+def test_same_range_of_two_namespaces_goes_to_the_own_one() -> None:
+    ranged = (("", ip_network("10.8.0.0/16")),)
+    one, two = service("web", namespace="a", cidrs=ranged), service("web", namespace="b", cidrs=ranged)
+    store = store_of(one, two)
+    vip = parse_ip("10.8.1.2")
+    assert (store.service_by_vip("", vip, "a"), store.service_by_vip("", vip, "b")) == (one, two)
+    store.apply_addresses([], [one.key])
+    assert store.service_by_vip("", vip, "a") is two
 
 
 def test_own_namespace_beats_a_longer_range() -> None:

@@ -112,6 +112,27 @@ def test_unusable_workload_is_rejected_with_its_reason(fields: dict[str, Any], r
     assert caught.value.name == "c//Pod/default/w"
 
 
+@pytest.mark.parametrize(
+    ("packed", "text"),
+    [
+        (V4, "10.2.0.1"),
+        (bytes(4), "0.0.0.0"),
+        (b"\xff\xff\xff\xff", "255.255.255.255"),
+        (V6, "fd00::1"),
+        (bytes(16), "::"),
+        (bytes(10) + b"\xff\xff" + V4, "10.2.0.1"),  # the IPv6 form of an IPv4 address
+        *((bytes(length), None) for length in (0, 1, 3, 5, 15, 17)),
+    ],
+)
+def test_addresses_are_4_or_16_bytes(packed: bytes, text: str | None) -> None:
+    message = workload(addresses=[packed])
+    if text is None:
+        with pytest.raises(RejectedResource, match="4 or 16"):
+            read_workload(message)
+    else:
+        assert read_workload(message).addresses == (parse_ip(text),)
+
+
 def test_port_over_65535_is_rejected_instead_of_naming_another() -> None:
     ports = pb.PortList(ports=[pb.Port(service_port=65_616)])
     with pytest.raises(RejectedResource, match="service port is 65616; a port is at most 65535"):
