@@ -211,6 +211,16 @@ def test_a_name_asked_on_a_wildcard_stream_brings_everything_again() -> None:
     assert client.ask(ask(ADDRESS, sub=["a"])) == ["Address: a b"]
 
 
+def test_a_wildcard_stream_keeps_no_names() -> None:
+    known = [entry(str(number)) for number in range(50)]
+    client = Client(mesh(known), ask(ADDRESS, has={item.name: item.version for item in known}), ask(AUTHORIZATION))
+    assert client.seen == ["Authorization: ", "Address: "]
+    state = client.subscriber._types[ADDRESS]
+    assert (state.demand, state.held) == (None, None)
+    described: Any = client.subscriber.describe()
+    assert (described[ADDRESS]["wildcard"], described[ADDRESS]["names"]) == (True, [])
+
+
 def test_other_types_are_left_unanswered() -> None:
     client = Client(mesh([entry("a")]), *BOTH)
     assert client.ask(ask(discovery.HEALTH), ask("type.googleapis.com/envoy.config.cluster.v3.Cluster")) == []
