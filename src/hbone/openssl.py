@@ -96,6 +96,15 @@ class IoBuffer:
         self.c: Any = ffi.from_buffer(self.array) if ffi is not None else None
         """All of it, as OpenSSL wants it."""
 
+    def tail(self, start: int) -> IoBuffer:
+        """What stands from byte `start` on, as a buffer of its own over the same memory."""
+        tail = IoBuffer(0)
+        tail.size = len(self.array) - start
+        tail.array = self.array
+        tail.view = tail.body = self.view[start:]
+        tail.c = self.c + start if self.c is not None else None
+        return tail
+
 
 def drain_error_queue() -> str:
     """OpenSSL's reason for what just failed, as text; its queue is empty afterwards."""

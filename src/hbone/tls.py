@@ -132,6 +132,11 @@ class TlsConnection:
 
     # Handshake
 
+    @property
+    def refused_id(self) -> SpiffeId | None:
+        """Who it was that `authorize` refused, to say so."""
+        return self._check.peer_id if not self._check.accepted else None
+
     def handshake(self) -> bool:
         """Go on with the handshake as far as the received ciphertext leads.
 

@@ -25,6 +25,7 @@ __all__ = [
     "ConnectTimedOut",
     "DataplaneError",
     "Drained",
+    "GatewayRefused",
     "Http2Failed",
     "IdentityUnavailable",
     "InvalidAuthority",
@@ -255,6 +256,14 @@ class TunnelRejected(DataplaneError):
             phrase = " <unknown status code>"
         super().__init__(f"http status: {http_status}{phrase}")
         self.http_status = http_status
+
+
+class GatewayRefused(TunnelRejected):
+    """The gateway of a network answered CONNECT with another status than 200."""
+
+    def __init__(self, http_status: int, gateway: tuple[IPv4Address | IPv6Address, int]) -> None:
+        super().__init__(http_status)
+        self.args = (f"{self}, from the network gateway {address_text(gateway)}",)
 
 
 class IdentityUnavailable(DataplaneError):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+from hbone.connect import Baggage
 from hbone.daemon.logs import ADDRESS, COUNT, MILLISECONDS, Bare, Lines, debugging, get_logger
 from ztunnel.errors import address_text
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from hbone.connect import Baggage
     from hbone.daemon.logs import Logger
     from hbone.identity import SpiffeId
     from ztunnel.errors import DataplaneError
@@ -40,10 +40,12 @@ class Parties:
         destination_identity: What the destination proved, or our own in an inbound tunnel; None for plaintext.
         service: The service meant.
         source_baggage: What the source's proxy says about it; used when its workload is not known.
+        destination_baggage: The same of the destination.
     """
 
     __slots__ = (
         "destination",
+        "destination_baggage",
         "destination_identity",
         "destination_workload",
         "direction",
@@ -67,6 +69,7 @@ class Parties:
         destination_identity: SpiffeId | None = None,
         service: Service | None = None,
         source_baggage: Baggage | None = None,
+        destination_baggage: Baggage | None = None,
     ) -> None:
         self.direction = direction
         self.destination = destination
@@ -77,33 +80,21 @@ class Parties:
         self.destination_identity = destination_identity
         self.service = service
         self.source_baggage = source_baggage
+        self.destination_baggage = destination_baggage
         self.lines: Lines | None = None
         """Their lines of connections that went well, once there was one."""
 
     def fields(self) -> dict[str, Any]:
         """The fields that are known when it opens, in order; absent ones are left out, the source's address is open."""
         fields: dict[str, Any] = {"src.addr": ADDRESS}
-        workload, baggage = self.source_workload, self.source_baggage
-        if workload is not None:
-            fields.update(_workload("src", workload, self.source_identity))
-        elif baggage is not None:
-            _add(fields, "src.workload", baggage.service_name or baggage.workload_name)
-            _add(fields, "src.namespace", baggage.namespace)
-            if self.source_identity is not None:
-                fields["src.identity"] = str(self.source_identity)
-            _add(fields, "src.cluster", baggage.cluster)
-        elif self.source_identity is not None:
-            fields["src.identity"] = str(self.source_identity)
+        fields.update(_party("src", self.source_workload, self.source_identity, self.source_baggage))
         fields["dst.addr"] = Bare(address_text(self.destination))
         if self.hbone_authority is not None:
             # A host name from the wire may hold anything; only an address goes without quotes.
             fields["dst.hbone_addr"] = self.hbone_authority
         if self.service is not None:
             fields["dst.service"] = self.service.hostname
-        if self.destination_workload is not None:
-            fields.update(_workload("dst", self.destination_workload, self.destination_identity))
-        elif self.destination_identity is not None:
-            fields["dst.identity"] = str(self.destination_identity)
+        fields.update(_party("dst", self.destination_workload, self.destination_identity, self.destination_baggage))
         fields["direction"] = self.direction
         return fields
 
@@ -129,9 +120,17 @@ class AccessRecord:
         return {**self.parties.fields(), "src.addr": Bare(self.source)}
 
 
-def _add(fields: dict[str, Any], name: str, value: str | None) -> None:
-    if value:
-        fields[name] = value
+def _party(side: str, workload: Workload | None, identity: SpiffeId | None, baggage: Baggage | None) -> dict[str, str]:
+    if workload is not None:
+        return _workload(side, workload, identity)
+    said = baggage or Baggage()
+    values = {
+        ".workload": said.service_name or said.workload_name,
+        ".namespace": said.namespace,
+        ".identity": str(identity) if identity is not None else None,
+        ".cluster": said.cluster,
+    }
+    return {side + name: value for name, value in values.items() if value}
 
 
 @functools.lru_cache(maxsize=1024)

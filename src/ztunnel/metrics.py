@@ -237,7 +237,8 @@ class Metrics:
             service: The service meant.
             destination_identity: Of the destination, if it is another than the workload's.
             security_policy: `mutual_tls` or `unknown`.
-            baggage: What the source's proxy says about it; used when the source's workload was not found.
+            baggage: What the far side's proxy says about it, the source's or with reporter `source` the destination's;
+                used where its workload was not found.
         """
         key = (reporter, source, source_identity, destination, service, destination_identity, security_policy, baggage)
         found = self._recent.get(key)
@@ -517,22 +518,24 @@ def _source_labels(
     workload: Workload | None, identity: SpiffeId | None, baggage: Baggage | None = None
 ) -> tuple[str, ...]:
     principal = str(identity) if identity is not None else ""
+    return tuple(value or _UNKNOWN for value in _party_labels(workload, principal, baggage))
+
+
+def _party_labels(workload: Workload | None, principal: str, baggage: Baggage | None) -> tuple[str, ...]:
     if workload is not None:
-        values = _workload_labels(workload, principal)
-    elif baggage is not None:
-        values = (
-            baggage.workload_name or "",
-            baggage.service_name or "",
-            baggage.service_version or "",
-            baggage.namespace or "",
-            principal,
-            baggage.workload_name or "",  # as ztunnel has it, though the app is elsewhere the canonical name
-            baggage.service_version or "",
-            baggage.cluster or "",
-        )
-    else:
-        values = ("", "", "", "", principal, "", "", "")
-    return tuple(value or _UNKNOWN for value in values)
+        return _workload_labels(workload, principal)
+    if baggage is None:
+        return ("", "", "", "", principal, "", "", "")
+    return (
+        baggage.workload_name or "",
+        baggage.service_name or "",
+        baggage.service_version or "",
+        baggage.namespace or "",
+        principal,
+        baggage.workload_name or "",  # as ztunnel has it, though the app is elsewhere the canonical name
+        baggage.service_version or "",
+        baggage.cluster or "",
+    )
 
 
 def _workload_labels(workload: Workload, principal: str) -> tuple[str, ...]:
@@ -562,25 +565,25 @@ def _labels(
         destination_identity = destination.identity  # also for plaintext, as Istio has it
     principal = str(destination_identity) if destination_identity is not None else ""
     named = ("", "", "") if service is None else (service.hostname, service.namespace, service.name)
-    reached: tuple[str, ...] = ("", "", "", "", principal, "", "", "")
-    if destination is not None:
-        reached = _workload_labels(destination, principal)
+    said_here, said_there = (None, baggage) if reporter == "source" else (baggage, None)
+    reached = _party_labels(destination, principal, said_there)
     locality: tuple[str, ...] = ()
     if source is not None or destination is not None or baggage is not None:
-        here = ("", "")
-        if source is not None:
-            here = (source.locality.region, source.locality.zone)
-        elif baggage is not None:
-            here = (baggage.region or "", baggage.zone or "")
-        there = ("", "") if destination is None else (destination.locality.region, destination.locality.zone)
-        locality = tuple(value or _UNKNOWN for value in (*here, *there))
+        places = (*_place(source, said_here), *_place(destination, said_there))
+        locality = tuple(value or _UNKNOWN for value in places)
     return (
         reporter,
-        _source_labels(source, source_identity, baggage),
+        _source_labels(source, source_identity, said_here),
         tuple(value or _UNKNOWN for value in (*named, *reached)),
         security_policy,
         locality,
     )
+
+
+def _place(workload: Workload | None, baggage: Baggage | None) -> tuple[str, str]:
+    if workload is not None:
+        return workload.locality.region, workload.locality.zone
+    return ((baggage.region or "", baggage.zone or "")) if baggage is not None else ("", "")
 
 
 def _escape(value: str) -> str:

@@ -17,6 +17,7 @@ from hbone.engine import WindowBudget
 from ztunnel.dataplane.connections import Connections, Plane
 from ztunnel.dataplane.dialer import Dialer, IdentitySource
 from ztunnel.dataplane.inbound import Inbound
+from ztunnel.dataplane.inner import InnerTunnels
 from ztunnel.dataplane.listener import Listener, open_listeners
 from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dataplane.outbound import Outbound
@@ -29,9 +30,10 @@ from ztunnel.errors import Drained
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ztunnel.config import Config
+    from ztunnel.dataplane.tunnel import Tunnel
     from ztunnel.logs import AccessLog
     from ztunnel.mesh.store import Change, Store
     from ztunnel.metrics import Metrics
@@ -113,7 +115,10 @@ class Dataplane:
             max_streams=config.pool_max_streams,
             idle_timeout=config.pool_idle,
         )
-        self.outbound = Outbound(plane, self.dialer)
+        self.inner = InnerTunnels(
+            reactor, self._calls, self.dialer, identities, config=connection, budget=self.budget, recall=recall
+        )
+        self.outbound = Outbound(plane, self.dialer, self.inner)
         self.socks5 = Socks5(plane, self.outbound)
         self.inbound = Inbound(plane, identities, config=connection, budget=self.budget, recall=recall)
         self.passthrough = Passthrough(plane)
@@ -217,6 +222,7 @@ class Dataplane:
         for pending in list(self.outbound.pending):
             pending.fail(Drained())
         self.inbound.close()
+        self.inner.close()
         self.dialer.close()
         self.reactor.unsweep(self.outbound)
 
@@ -227,7 +233,12 @@ class Dataplane:
     def tunnels(self) -> list[dict[str, Any]]:
         """Tunnels, for people to read."""
         listed = []
-        for direction, tunnels in (("outbound", self.dialer.tunnels), ("inbound", self.inbound.tunnels)):
+        by_direction: tuple[tuple[str, Iterable[Tunnel]], ...] = (
+            ("outbound", self.dialer.tunnels),
+            ("outbound", self.inner.tunnels),
+            ("inbound", self.inbound.tunnels),
+        )
+        for direction, tunnels in by_direction:
             for tunnel in tunnels:
                 ip, port = tunnel.address
                 listed.append(
@@ -237,6 +248,7 @@ class Dataplane:
                         "peer": str(tunnel.peer) if tunnel.peer is not None else None,
                         "streams": len(tunnel.streams),
                         "established": tunnel.established,
+                        "inner": tunnel in self.inner.tunnels,
                     }
                 )
         return listed

@@ -261,9 +261,9 @@ class Dialer:
         else:
             if isinstance(error, PeerRevoked):
                 self._recall.refused("source")
-            peer = tunnel.endpoint.tls.peer_id
-            if isinstance(error, TlsFailed) and peer is not None and key.expected and peer not in key.expected:
-                error = unexpected_peer(peer, key.expected)
+            peer = tunnel.endpoint.tls.refused_id
+            if isinstance(error, TlsFailed) and peer is not None and peer not in (key.expected or frozenset()):
+                error = unexpected_peer(peer, (key.expected or frozenset()))
             self._failed(key, error or ConnectFailed("the tunnel was closed"))
         if not self.tunnels:
             self._reactor.unsweep(self)
@@ -287,7 +287,7 @@ class Dialer:
         key = self.pool.key_of(tunnel)
         if key is None:
             if not tunnel.streams:
-                self._reactor.later(tunnel.close)  # it was retired, and this was its last
+                self._reactor.later(tunnel.close_when_sent)  # it was retired, and this was its last
         elif key in self._waiting:
             self._wake(key)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from hbone.errors import ErrorCode, LocalProtocolError
 from ztunnel.dataplane.connections import AppConnection
 from ztunnel.dataplane.dial import Dial
-from ztunnel.dataplane.plan import Plan, baggage_of, resolve
+from ztunnel.dataplane.inner import InnerDial
+from ztunnel.dataplane.plan import GatewayPlan, Plan, baggage_of, plan_of, resolve
 from ztunnel.dataplane.reactor import GONE, READ_WRITE
 from ztunnel.dataplane.relay import ENDS, Relay, join
 from ztunnel.errors import (
@@ -21,7 +22,6 @@ from ztunnel.errors import (
     DataplaneError,
     Http2Failed,
     ReceiveFailed,
-    RemoteNetwork,
     TunnelRejected,
     address_text,
 )
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hbone.pool import PoolKey
     from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.dialer import Dialer
+    from ztunnel.dataplane.inner import InnerTunnels
     from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
     from ztunnel.mesh.address import Address, IpAddress
@@ -57,11 +58,13 @@ class Outbound:
     Args:
         plane: what the data path shares.
         dialer: tunnels to other proxies.
+        inner: tunnels to other networks, inside those to their gateways.
     """
 
-    def __init__(self, plane: Plane, dialer: Dialer) -> None:
+    def __init__(self, plane: Plane, dialer: Dialer, inner: InnerTunnels) -> None:
         self.plane = plane
         self.dialer = dialer
+        self.inner = inner
         self.pending: dict[OutboundConnection, None] = {}
         """Not answered yet, the oldest first."""
         self._random = random.Random(random.SystemRandom().getrandbits(128))
@@ -117,8 +120,6 @@ class Outbound:
         )
         if isinstance(found, Refused | Resolve):
             return found
-        if isinstance(found, Tunnel) and found.inner is not None:
-            return Refused(RemoteNetwork(destination, found.inner.workload.network))  # tunnels in tunnels: not yet
         plan = self.plan_of(source, found)
         workload = found.workload
         if (
@@ -140,7 +141,7 @@ class Outbound:
             key = (found.next_hop, found.authority, found.expected, found.workload, found.service, found.inner)
         plan = self._plans.get(key)
         if plan is None:
-            plan = Plan(self.plane, source, found)
+            plan = plan_of(self.plane, source, found)
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             self._plans[key] = plan
@@ -215,7 +216,7 @@ class OutboundConnection(AppConnection):
         self._plan: Plan | None = None
         self._end: StreamEnd | None = None
         self._far: Relay | None = None
-        self._dial: Dial | None = None
+        self._dial: Dial | InnerDial | None = None
         self._watched = False
         self._tries = 0
         if not outbound.pending:
@@ -266,7 +267,12 @@ class OutboundConnection(AppConnection):
         self._plan = plan
         found = plan.route
         plane.connections.outbound[self] = None
-        self.open_record(AccessRecord(plan.parties, address_text(self.peer), self.started), plan.traffic)
+        record = AccessRecord(plan.parties, address_text(self.peer), self.started)
+        if isinstance(plan, GatewayPlan):
+            self.record = record  # counted when it is known who answers, or that nobody does
+            self._ask()
+            return
+        self.open_record(record, plan.traffic)
         if isinstance(found, Tunnel):
             assert plan.key is not None
             self.key = plan.key
@@ -276,6 +282,18 @@ class OutboundConnection(AppConnection):
             self._dial.start(found.address)
 
     # Through a tunnel
+
+    def _ask(self) -> None:
+        """For a tunnel."""
+        plan, record, outbound = self._plan, self.record, self._outbound
+        if not isinstance(plan, GatewayPlan):
+            outbound.dialer.checkout(self)
+            return
+        assert record is not None
+        assert plan.key is not None
+        dial = InnerDial(outbound.inner, self, plan.key, plan.inner.expected, outbound.headers_for(record, plan))
+        self._dial = dial
+        dial.start()
 
     def tunnel_ready(self, tunnel: LiveTunnel) -> None:
         """Ask for a stream."""
@@ -287,8 +305,14 @@ class OutboundConnection(AppConnection):
             plane = self.plane
             relay = self.relay = Relay(plane.reactor, plane.calls, self._sock, self)
         self._tries += 1
+        dial = self._dial
+        if isinstance(dial, InnerDial):
+            self._dial = None
+            headers = (*dial.headers, *plan.network)
+        else:
+            headers = self._outbound.headers_for(record, plan)
         try:
-            self._end = tunnel.connect(self._outbound.headers_for(record, plan), self, relay)
+            self._end = tunnel.connect(headers, self, relay)
         except LocalProtocolError as exc:
             if self._tries < _TRIES:
                 self.plane.reactor.later(self._again)
@@ -299,7 +323,7 @@ class OutboundConnection(AppConnection):
 
     def _again(self) -> None:
         if not self.closed:
-            self._outbound.dialer.checkout(self)
+            self._ask()
 
     def tunnel_failed(self, error: DataplaneError) -> None:
         """There is no tunnel."""
@@ -307,9 +331,13 @@ class OutboundConnection(AppConnection):
 
     def stream_accepted(self, headers: Headers) -> None:
         """200: relay."""
-        end, relay = self._end, self.relay
+        end, relay, record = self._end, self.relay, self.record
         assert end is not None
         assert relay is not None
+        plan = self._plan
+        if isinstance(plan, GatewayPlan) and record is not None:
+            parties, traffic = plan.answered(end.tunnel.peer, headers)
+            self.open_record(AccessRecord(parties, record.source, record.opened_at), traffic)
         self._connected()
         relay.start(end, watched=self._watched)
 
@@ -416,6 +444,8 @@ class OutboundConnection(AppConnection):
     def _over(self, error: DataplaneError | None) -> None:
         if not self.closed:
             self.plane.metrics.socket_closed(self.reporter)
+            if self.traffic is None and self.record is not None and self._plan is not None:
+                self.open_record(self.record, self._plan.traffic)
             if self.record is None:
                 self.closed = True
                 if error is not None:
@@ -430,4 +460,7 @@ class OutboundConnection(AppConnection):
 
     def dump(self) -> dict[str, Any]:
         """With where the app wanted to go."""
-        return {**(super().dump() or {}), "originalDst": address_text(self.destination)}
+        found = {**(super().dump() or {}), "originalDst": address_text(self.destination)}
+        if isinstance(self._plan, GatewayPlan):
+            found["protocol"] = "DOUBLEHBONE"
+        return found

@@ -19,48 +19,48 @@ from ztunnel.mesh.rbac import Connection as PolicyFacts
 from ztunnel.mesh.route import Plain, Tunnel
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from hbone.events import Headers
     from hbone.identity import SpiffeId
     from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
     from ztunnel.mesh.address import Address, IpAddress
     from ztunnel.mesh.inbound import InboundTarget
+    from ztunnel.mesh.route import Inner
     from ztunnel.mesh.workload import Workload
+    from ztunnel.metrics import Traffic
 
-__all__ = ["InboundPlan", "Plan", "baggage_of", "resolve"]
+__all__ = ["GatewayPlan", "InboundPlan", "Plan", "baggage_of", "plan_of", "resolve"]
 
 _RESOLVE_SECONDS: Final = 5.0
+_ANSWERERS: Final = 64  # behind one gateway, for one service
 
 
 class Plan:
     """What the connections of one route have in common; made once, and forgotten when the mesh changes."""
 
-    __slots__ = ("forwarded", "headers", "key", "parties", "route", "traffic")
+    __slots__ = ("_traffic", "forwarded", "headers", "key", "network", "parties", "plane", "route", "source")
 
     def __init__(self, plane: Plane, source: Workload, found: Tunnel | Plain) -> None:
+        self.plane = plane
+        self.source = source
         self.route = found
-        tunnel = isinstance(found, Tunnel)
-        self.traffic = plane.metrics.connection(
-            "source",
-            source,
-            source.identity if tunnel else None,
-            found.workload,
-            found.service,
-            None,
-            "mutual_tls" if tunnel else "unknown",
-        )
+        self._traffic: Traffic | None = None
         self.parties = Parties(
             OUTBOUND,
             found.next_hop if isinstance(found, Tunnel) else found.address,
             hbone_authority=found.authority if isinstance(found, Tunnel) else None,
             source_workload=source,
-            source_identity=source.identity if tunnel else None,
+            source_identity=source.identity if isinstance(found, Tunnel) else None,
             destination_workload=found.workload,
             destination_identity=found.workload.identity if isinstance(found, Tunnel) else None,
             service=found.service,
         )
         self.key: PoolKey | None = None
         self.headers: Headers = ()
+        self.network: Headers = ()
+        """What only a CONNECT inside another says."""
         self.forwarded = b""
         if isinstance(found, Tunnel):
             ip, port = found.next_hop
@@ -73,6 +73,70 @@ class Plan:
             ).to_headers()
             self.headers = tuple(field for field in fields if field[0] != b"forwarded")
             self.forwarded = b"".join(b";" + value for name, value in fields if name == b"forwarded")
+
+    @property
+    def traffic(self) -> Traffic:
+        """The counters; made when there is something to count."""
+        traffic = self._traffic
+        if traffic is None:
+            found = self.route
+            tunnel = isinstance(found, Tunnel)
+            traffic = self._traffic = self.plane.metrics.connection(
+                "source",
+                self.source,
+                self.source.identity if tunnel else None,
+                found.workload,
+                found.service,
+                None,
+                "mutual_tls" if tunnel else "unknown",
+            )
+        return traffic
+
+
+class GatewayPlan(Plan):
+    """The same through a gateway, where it shows only in the end who answers."""
+
+    __slots__ = ("_answerers", "inner")
+
+    def __init__(self, plane: Plane, source: Workload, found: Tunnel, inner: Inner) -> None:
+        super().__init__(plane, source, found)
+        self.inner = inner
+        network = ConnectRequest(authority=Authority.parse(found.authority), network=plane.config.network)
+        self.network = tuple(field for field in network.to_headers() if field[0] == b"x-forwarded-network")
+        self._answerers: dict[Hashable, tuple[Parties, Traffic]] = {}
+
+    def answered(self, peer: SpiffeId | None, headers: Headers) -> tuple[Parties, Traffic]:
+        """Who it was, by the certificate, and by its own words as far as labels go. Source: Istio, double HBONE."""
+        baggage = Baggage.parse(value for name, value in headers if name == b"baggage") or Baggage()
+        found = self._answerers.get((peer, baggage))
+        if found is None:
+            route = self.route
+            assert isinstance(route, Tunnel)
+            identity = self.source.identity
+            parties = Parties(
+                OUTBOUND,
+                route.next_hop,
+                hbone_authority=route.authority,
+                source_workload=self.source,
+                source_identity=identity,
+                destination_identity=peer,
+                service=route.service,
+                destination_baggage=baggage,
+            )
+            traffic = self.plane.metrics.connection(
+                "source", self.source, identity, None, route.service, peer, "mutual_tls", baggage
+            )
+            if len(self._answerers) >= _ANSWERERS:
+                self._answerers.clear()
+            found = self._answerers[peer, baggage] = (parties, traffic)
+        return found
+
+
+def plan_of(plane: Plane, source: Workload, found: Tunnel | Plain) -> Plan:
+    """The plan for a route."""
+    if isinstance(found, Tunnel) and found.inner is not None:
+        return GatewayPlan(plane, source, found, found.inner)
+    return Plan(plane, source, found)
 
 
 class InboundPlan:
@@ -94,7 +158,9 @@ class InboundPlan:
         target: InboundTarget,
     ) -> None:
         client = tunnel.address
-        source = plane.store.workload_by_address(plane.config.network, client[0])
+        # A gateway's address is not the client's, so what the client's proxy says is all there is.
+        by_gateway = request.is_from_gateway(plane.config.network)
+        source = None if by_gateway else plane.store.workload_by_address(plane.config.network, client[0])
         baggage = request.baggage if plane.config.response_baggage else None
         self.client = address_text(client)
         self.workload = workload

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.tunnel import Tunnel
     from ztunnel.errors import DataplaneError
 
-__all__ = ["StreamEnd", "StreamUser"]
+__all__ = ["NearEnd", "StreamEnd", "StreamUser"]
 
 _FLUSH_AT_ONCE: Final = 32 * 1024  # a chunk that large is sent while it is in the cache; smaller ones share a send
 _SMALL_LIMIT: Final = 64 * 1024  # small frames that gather before they are sent in the middle of a turn
@@ -33,6 +33,19 @@ class StreamUser(Protocol):
 
     def stream_lost(self, error: DataplaneError) -> None:
         """The tunnel ended under it."""
+
+
+class NearEnd(Protocol):
+    """Where a stream's bytes go, and come from: a relay, or a tunnel inside the stream."""
+
+    def deliver(self, view: memoryview) -> int:
+        """The stream's sink: keep or write all of `view`, and close nothing. Returns the bytes that are done with."""
+
+    def resume(self) -> bool:
+        """The stream takes bytes again. Returns whether any were there for it."""
+
+    def finish(self) -> None:
+        """The peer sends no more."""
 
 
 class StreamEnd:
@@ -57,7 +70,7 @@ class StreamEnd:
         self.tunnel = tunnel
         self.stream_id = stream_id
         self.user: StreamUser | None = None
-        self.relay: Relay | None = None
+        self.relay: NearEnd | None = None
         self.closed = False
         """Both directions ended, or it was reset."""
         self.ended = False

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from hbone.events import Event, Headers
     from hbone.identity import SpiffeId
     from ztunnel.dataplane.reactor import Reactor
-    from ztunnel.dataplane.relay import Relay
     from ztunnel.dataplane.sockets import SocketCalls
+    from ztunnel.dataplane.stream import NearEnd
     from ztunnel.mesh.address import Address
 
 __all__ = ["Tunnel", "TunnelOwner"]
@@ -50,6 +50,7 @@ _CIPHERTEXT: Final = IoBuffer(256 * 1024)
 _OUT: Final = IoBuffer(256 * 1024)
 _OUT_VIEW: Final = memoryview(_OUT.array)
 _READS: Final = 2
+_ENDING_SECONDS: Final = 30.0  # for the last bytes of a tunnel that is to be closed
 _WAITING_LIMIT: Final = 256  # and twice the open streams: beyond that the closed ones are taken out
 _HANGUP: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _ANYTHING_ELSE: Final = ~WRITE
@@ -93,6 +94,7 @@ class Tunnel:
     __slots__ = (
         "_calls",
         "_calm",
+        "_ending",
         "_hangup",
         "_out",
         "_owner",
@@ -150,8 +152,12 @@ class Tunnel:
         self._waiting: collections.deque[StreamEnd] = collections.deque()
         self._hangup = False
         self._queued = False
-        reactor.add(sock.fileno(), self, READ_WRITE)
+        self._ending: float | None = None  # it is closed once all was sent, or at that time
+        self._watch()
         reactor.sweep(self)
+
+    def _watch(self) -> None:
+        self.reactor.add(self._sock.fileno(), self, READ_WRITE)
 
     @property
     def peer(self) -> SpiffeId | None:
@@ -165,8 +171,8 @@ class Tunnel:
 
     # Verbs
 
-    def connect(self, headers: Headers, user: StreamUser, relay: Relay) -> StreamEnd:
-        """Client: ask for a stream.
+    def connect(self, headers: Headers, user: StreamUser, relay: NearEnd) -> StreamEnd:
+        """Client: ask for a stream, whose bytes go to `relay`.
 
         Raises:
             LocalProtocolError: the tunnel takes no further stream.
@@ -205,6 +211,15 @@ class Tunnel:
                     pass  # it is broken already, and says nothing further
                 self.flush()
             self._lose(error)
+
+    def close_when_sent(self) -> None:
+        """Close it, but not before all that was to be sent is: its last stream may have ended with bytes under way."""
+        if not self.blocked:
+            self.flush()
+        if not self.blocked:
+            self.close()
+        elif self._ending is None:
+            self._ending = self.reactor.now + _ENDING_SECONDS
 
     def mark_dirty(self) -> None:
         """Flush when the turn ends."""
@@ -255,6 +270,9 @@ class Tunnel:
     def on_time(self, now: float) -> None:
         """Deadlines: handshake, keepalive, drain."""
         if self.closed:
+            return
+        if self._ending is not None and now >= self._ending:
+            self._lose(None)
             return
         events = self.endpoint.on_time(now)
         if events:
@@ -345,6 +363,8 @@ class Tunnel:
         self.blocked = False
         self.flush()
         self._serve_waiting()
+        if self._ending is not None:
+            self.close_when_sent()
 
     def _lose_later(self, exc: OSError) -> None:
         """A relay may be in the middle of a read: it must not lose its stream under its feet."""
@@ -435,7 +455,7 @@ class Tunnel:
             self._owner.tunnel_draining(self)
         elif isinstance(event, TransportEnded):
             if event.clean:
-                self.close()
+                self.close_when_sent()
             elif not self.connected:
                 self._lose(ConnectTimedOut(event.reason))
             else:

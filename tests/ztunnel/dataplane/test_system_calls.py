@@ -10,6 +10,8 @@ import pytest
 import trio
 from tests.support.pair import Pair, counts, echo, open_pair
 
+from ztunnel.dataplane.relay import Relay
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -99,7 +101,7 @@ async def test_frames_of_one_turn_leave_in_one_send(pair: Pair) -> None:
     relays = [end.relay for end in tunnel.streams.values()]
     counts.clear()
     for relay in relays:
-        assert relay is not None
+        assert isinstance(relay, Relay)
         relay._far.take(1)
     pair.reactor.turn(())
     assert counts["send"] == 1
