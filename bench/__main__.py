@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workload", action="append", choices=list(WORKLOADS), help="only this one; may be repeated")
     made.add_argument("--workers", type=int, default=1, metavar="N", help="workers of each proxy (%(default)s)")
     made.add_argument("--loopback", action="store_true", help="loopback hosts, even where namespaces can be made")
+    made.add_argument(
+        "--control-plane", action="store_true", help="miniistiod instead: 100,000 workloads, 1,000 subscribers"
+    )
     made.add_argument("--publish", action="store_true", help="put the figures into README.md and docs/bench.svg too")
     made.add_argument("--profile", action="store_true", help="where time goes, instead of how much it is")
     return made
@@ -67,7 +70,10 @@ async def bench(options: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    plan = plan_of(options, raise_descriptor_limit())
+    descriptors = raise_descriptor_limit()
+    if options.control_plane:
+        return await bench_control_plane(options)
+    plan = plan_of(options, descriptors)
     if not plan.namespaces:
         why = "as asked" if options.loopback else namespace_obstacle()
         print(f"hosts are loopback addresses and the client uses SOCKS5 ({why}); figures are not those of the README")
@@ -88,6 +94,18 @@ async def bench(options: argparse.Namespace) -> int:
     written = publish.write(outcome, verdict, publish=options.publish)
     print("written: " + " ".join(str(path.relative_to(publish.ROOT)) for path in written))
     return 0
+
+
+async def bench_control_plane(options: argparse.Namespace) -> int:
+    """Measure miniistiod.
+
+    Returns:
+        The exit code.
+    """
+    from bench import control
+
+    with tempfile.TemporaryDirectory(prefix="hbone-bench-") as directory:
+        return await control.run(Path(directory), control.QUICK if options.quick else control.FULL)
 
 
 def ended_by(problem: BaseException) -> int:

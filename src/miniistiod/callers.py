@@ -13,6 +13,8 @@ from miniistiod import auth
 from miniistiod.store import serial_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hbone.identity import SpiffeId
     from miniistiod.metrics import Metrics
 
@@ -48,8 +50,8 @@ class Call(Protocol):
         """The next message; None at the end."""
         ...
 
-    async def send(self, message: bytes, /) -> None:
-        """Send a message."""
+    async def send(self, message: bytes | Sequence[bytes], /) -> None:
+        """Send a message, whole or in parts."""
         ...
 
 

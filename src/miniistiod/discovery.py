@@ -19,7 +19,7 @@ from miniistiod.ondemand import OnDemand
 from ztunnel.wire import discovery_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container, Iterable, Sequence
 
     from miniistiod.catalog import Catalog
 
@@ -66,10 +66,16 @@ class Response:
 
     type_url: str
     nonce: str
-    data: bytes
+    parts: Sequence[bytes]
+    """The message; its resources are those of the catalog, encoded once for all subscribers."""
     resources: int
     """How many it carries."""
     removed: int
+
+    @property
+    def data(self) -> bytes:
+        """The message in one piece."""
+        return b"".join(self.parts)
 
 
 @attrs.define
@@ -242,9 +248,12 @@ class Subscriber:
             removed_resources=removed,
         )
         # Fields of a message may come in any order, so resources that were encoded once are appended as they are.
-        data = b"".join((head.SerializeToString(), *resources))
         return Response(
-            type_url=state.url, nonce=state.nonce, data=data, resources=len(resources), removed=len(removed)
+            type_url=state.url,
+            nonce=state.nonce,
+            parts=(head.SerializeToString(), *resources),
+            resources=len(resources),
+            removed=len(removed),
         )
 
     def describe(self) -> dict[str, object]:
@@ -323,8 +332,8 @@ class World:
             wanted = dict.fromkeys(found for name in sorted(state.names) for found in self._resolve(state.url, name))
             entries = {name: collection.entries[name] for name in wanted}.values()
         head = pb.DiscoveryResponse(version_info=str(number), type_url=state.url, nonce=state.nonce)
-        data = b"".join((head.SerializeToString(), *(item.any(state.url) for item in entries)))
-        return Response(type_url=state.url, nonce=state.nonce, data=data, resources=len(entries), removed=0)
+        parts = (head.SerializeToString(), *(item.any(state.url) for item in entries))
+        return Response(type_url=state.url, nonce=state.nonce, parts=parts, resources=len(entries), removed=0)
 
     def _resolve(self, url: str, name: str) -> tuple[str, ...]:
         if url == ADDRESS:

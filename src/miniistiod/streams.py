@@ -238,7 +238,7 @@ class Discovery:
                     await call.send(lists.SerializeToString())
                 for response in stream.subscriber.take(trio.current_time()):
                     self._metrics.pushes.labels(_short(response.type_url)).inc()
-                    await call.send(response.data)
+                    await call.send(response.parts)
                 if stream.ended:
                     return
                 deadline = stream.subscriber.deadline

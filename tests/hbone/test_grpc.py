@@ -237,6 +237,23 @@ def test_data_frames_of_one_byte_make_messages() -> None:
     assert [call.receive(), call.receive(), call.receive(), call.receive()] == [b"abc", b"", b"d", None]
 
 
+def test_a_message_in_parts_arrives_whole() -> None:
+    pair = Pair()
+    parts = [bytes([number % 251]) * size for number, size in enumerate([0, 3, 40_000, 0, 1, 16_384, 200_000, 0])]
+    ours, theirs = pair.call()
+    pair.client.send_message(ours, parts)
+    pair.client.send_message(ours, [b"a", b"", b"bc"])
+    pair.client.send_message(ours, [])
+    received: list[bytes] = []
+    while len(received) < 3:
+        message = theirs.receive(MIB)
+        if message is None:
+            pair.move()
+        else:
+            received.append(message)
+    assert received == [b"".join(parts), b"abc", b""]
+
+
 @pytest.mark.parametrize("size", [16 * KIB, 64 * KIB, 20 * MIB])
 def test_large_messages_pass_both_ways(size: int) -> None:
     pair = Pair()

@@ -23,6 +23,7 @@ from miniistiod.store import CRL_FILE, ROOT_FILE, Store, serial_text
 from ztunnel.wire import revocation_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import miniistiod
@@ -87,7 +88,7 @@ class Hesitant:
         await self.speak.wait()
         return subscribe(ADDRESS)
 
-    async def send(self, message: bytes, /) -> None:
+    async def send(self, message: bytes | Sequence[bytes], /) -> None:
         raise AssertionError("it was sent something")
 
 

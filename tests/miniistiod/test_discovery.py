@@ -15,6 +15,7 @@ from miniistiod.discovery import (
     AUTHORIZATION,
     HOLD_SECONDS,
     FellBehindError,
+    Response,
     Subscriber,
     TooManyNamesError,
     World,
@@ -166,6 +167,22 @@ def test_pushes_that_were_not_taken_are_merged() -> None:
     client.become(mesh([entry("a", "2"), entry("b"), entry("x")]))
     # x came and went; that it is gone may be said to somebody who never had it.
     assert client.push(mesh([entry("a", "2"), entry("b", "2")])) == ["Address: a b -x"]
+
+
+def test_a_resource_is_encoded_once_for_all_who_get_it() -> None:
+    catalog = Catalog()
+    catalog.apply(plan(catalog, mesh([entry("a"), entry("b", "2")], [entry("p")])))
+    one, other = ([part for item in full(catalog) for part in item.parts[1:]] for _ in range(2))
+    assert len(one) == 3
+    assert all(part is again for part, again in zip(one, other, strict=True))
+
+
+def full(catalog: Catalog) -> list[Response]:
+    """What a new subscriber to everything is sent."""
+    subscriber = Subscriber("s", catalog)
+    for request in BOTH:
+        subscriber.request(request, 0.0)
+    return subscriber.take(0.0)
 
 
 def test_a_reconnect_gets_what_it_lacks() -> None:

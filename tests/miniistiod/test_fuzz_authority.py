@@ -30,7 +30,7 @@ from ztunnel.wire import ca_pb2, discovery_pb2
 from ztunnel.wire.token import parse_enrolment_token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -148,8 +148,9 @@ class FakeCall:
         await trio.lowlevel.checkpoint()
         return self.message
 
-    async def send(self, message: bytes, /) -> None:
+    async def send(self, message: bytes | Sequence[bytes], /) -> None:
         await trio.lowlevel.checkpoint()
+        assert isinstance(message, bytes)
         self.sent.append(message)
 
 

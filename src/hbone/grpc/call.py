@@ -64,7 +64,7 @@ class Call:
         """Why the call did not end well; at a client, also the status when it is not OK."""
         self.unsent = 0
         """Bytes of messages that are still ours to hand to the transport."""
-        self._queue: collections.deque[memoryview] = collections.deque()
+        self._queue: collections.deque[bytes | memoryview] = collections.deque()
         self._closing: list[tuple[bytes, bytes]] | None = None
         self._ready = False
         self._buffer = bytearray()

@@ -39,7 +39,7 @@ from hbone.grpc.http2 import Http2
 from hbone.grpc.status import GrpcError, GrpcUnavailable, StatusCode, status_from_reset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hbone.grpc.call import Call
 
@@ -259,8 +259,12 @@ class GrpcConnection(abc.ABC):
 
     # Messages
 
-    def send_message(self, call: Call, message: bytes) -> None:
+    def send_message(self, call: Call, message: bytes | Sequence[bytes]) -> None:
         """Queue a message; it leaves as the peer's windows allow. Wait for `unsent` to fall before the next.
+
+        Args:
+            call: an open one.
+            message: whole, or in parts that other messages may share; they are put together frame by frame.
 
         Raises:
             GrpcError: the call is over.
@@ -270,16 +274,18 @@ class GrpcConnection(abc.ABC):
             raise call.failure or GrpcError(StatusCode.CANCELLED, "the call is over")
         if call._closing is not None:
             raise LocalProtocolError(f"{call.path}: a message after the end")
-        if len(message) >= 2**32:
-            raise LocalProtocolError(f"a message of {len(message)} bytes; the format ends at 2^32 - 1")
+        parts = (message,) if isinstance(message, bytes) else message
+        length = sum(map(len, parts))
+        if length >= 2**32:
+            raise LocalProtocolError(f"a message of {length} bytes; the format ends at 2^32 - 1")
         self._before_message(call)
-        prefix = _PREFIX.pack(0, len(message))
-        if len(message) <= 16 * KIB:
-            call._queue.append(memoryview(prefix + message))
+        prefix = _PREFIX.pack(0, length)
+        if length <= 16 * KIB:
+            call._queue.append(b"".join((prefix, *parts)))
         else:
-            call._queue.append(memoryview(prefix))
-            call._queue.append(memoryview(message))
-        call.unsent += len(prefix) + len(message)
+            call._queue.append(prefix)
+            call._queue.extend(parts)
+        call.unsent += len(prefix) + length
         self._mark_ready(call)
 
     def receive(self, call: Call, limit: int | None = None) -> bytes | None:
@@ -370,13 +376,13 @@ class GrpcConnection(abc.ABC):
             nbytes = min(window, http2.max_outbound_frame_size, room - sent, call.unsent)
             if nbytes <= 0:
                 break
-            parts: list[memoryview] = []
+            parts: list[bytes | memoryview] = []
             missing = nbytes
             while missing:
-                view = queue[0]
-                if len(view) <= missing:
+                if len(queue[0]) <= missing:
                     parts.append(queue.popleft())
                 else:
+                    view = memoryview(queue[0])  # so that cutting copies nothing
                     parts.append(view[:missing])
                     queue[0] = view[missing:]
                 missing -= len(parts[-1])

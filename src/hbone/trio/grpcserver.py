@@ -100,8 +100,8 @@ class GrpcCall:
         self._received = True
         return message
 
-    async def send(self, message: bytes) -> None:
-        """Send a message; waits while the client takes none.
+    async def send(self, message: bytes | Sequence[bytes]) -> None:
+        """Send a message, whole or in parts that other messages may share; waits while the client takes none.
 
         Raises:
             GrpcError: the client gave the call up.

@@ -16,7 +16,7 @@ from hbone.errors import ConnectionLost, HboneError
 from hbone.grpc import Call, GrpcConnection, GrpcError, StatusCode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hbone.tls import IoBuffer, TlsConnection
 
@@ -142,7 +142,7 @@ class Transport(Generic[G]):
                 return message
             await self.wait(call)
 
-    async def send(self, call: Call, message: bytes) -> None:
+    async def send(self, call: Call, message: bytes | Sequence[bytes]) -> None:
         """Queue `message`, and wait until the peer has taken nearly all of it."""
         await self._until_low(call)
         self.grpc.send_message(call, message)
