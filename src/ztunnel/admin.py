@@ -6,26 +6,24 @@ Nothing changes by GET, and no page shows a secret. What the pages show comes fr
 from __future__ import annotations
 
 import html
-import json
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import parse_qsl
 
 import attrs
 import trio
 
 from hbone.daemon import logs
 from hbone.errors import ConfigurationError
-from ztunnel import jsonstream
+from ztunnel import debugpages, jsonstream
+from ztunnel.pages import Page, router
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable
 
-    SendBytes = Callable[[bytes], Awaitable[None]]
-
-    from hbone.daemon.http import App, Receive, Scope, Send
+    from hbone.daemon.http import App
     from ztunnel.metrics import Metrics
+    from ztunnel.pages import Request
 
-__all__ = ["AdminView", "Page", "Readiness", "Request", "admin_app", "readiness_app", "router", "stats_app"]
+__all__ = ["AdminView", "Readiness", "admin_app", "readiness_app", "stats_app"]
 
 PAGES = (
     ("/config_dump", "everything that is known: workloads, services, policies, certificates, settings"),
@@ -33,6 +31,7 @@ PAGES = (
     ("/explain?destination=HOST:PORT&from=WORKLOAD", "what the mesh does with a connection, step by step"),
     ("/logging", "POST ?level=debug changes the log level, GET shows it"),
     ("/quitquitquit", "POST drains and ends the process"),
+    *debugpages.PAGES,
 )
 LOGGING_USAGE = """\
 usage: POST /logging\t\t\t\t(To show the current log level)
@@ -41,44 +40,7 @@ usage: POST /logging\t\t\t\t(To show the current log level)
 """
 
 
-@attrs.frozen(kw_only=True)
-class Request:
-    """What a page is asked."""
-
-    method: str
-    query: Mapping[str, str]
-    accept: str = ""
-
-
-@attrs.frozen(kw_only=True)
-class Page:
-    """An answer."""
-
-    status: int = 200
-    content_type: str = "text/plain; charset=utf-8"
-    body: bytes = b""
-    write: Callable[[SendBytes], Awaitable[None]] | None = None
-    """Writes the body in parts, in place of `body`; the length is not known before."""
-    then: Callable[[], None] | None = None
-    """Called once the answer has been sent."""
-
-    @classmethod
-    def text(cls, text: str, status: int = 200) -> Page:
-        """Plain text."""
-        return cls(status=status, body=text.encode())
-
-    @classmethod
-    def json(cls, value: Any) -> Page:
-        """JSON for people and programs: indented, keys sorted."""
-        body = json.dumps(value, indent=2, sort_keys=True, default=str).encode() + b"\n"
-        return cls(content_type="application/json", body=body)
-
-
-if TYPE_CHECKING:
-    Route = Callable[[Request], Awaitable[Page]]
-
-
-class AdminView(Protocol):
+class AdminView(debugpages.DebugView, Protocol):
     """What the admin pages show, and the one thing that they start."""
 
     async def config_dump(self) -> dict[str, Any]:
@@ -127,45 +89,17 @@ class Readiness:
         return not self._pending
 
 
-def router(routes: Mapping[str, Route]) -> App:
-    """An ASGI application of a few pages; an unknown path is 404, as ztunnel's."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        route = routes.get(scope["path"])
-        if route is None:
-            page = Page(status=404)
-        else:
-            accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
-            # %-escapes are undone before the names are looked up; of a repeated name the last counts
-            query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1")[:8192], keep_blank_values=True))
-            page = await route(Request(method=scope["method"], query=query, accept=accept.decode("latin-1")))
-        headers = [
-            (b"content-type", page.content_type.encode()),
-            (b"cache-control", b"no-store"),
-            (b"x-content-type-options", b"nosniff"),
-        ]
-        if page.write is None:
-            headers.append((b"content-length", str(len(page.body)).encode()))
-        await send({"type": "http.response.start", "status": page.status, "headers": headers})
-        no_body = scope["method"] == "HEAD"
-        if page.write is not None and not no_body:
-            await page.write(lambda part: send({"type": "http.response.body", "body": part, "more_body": True}))
-        await send({"type": "http.response.body", "body": b"" if no_body else page.body})
-        if page.then is not None:
-            page.then()
-
-    return app
-
-
 def admin_app(view: AdminView) -> App:
     """The admin pages. Source: Istio's ztunnel, admin server."""
     start_level = logs.current_level()
 
     async def index(_: Request) -> Page:
-        rows = "".join(f"<tr><td>{html.escape(path)}</td><td>{html.escape(what)}</td></tr>" for path, what in PAGES)
-        text = f"<!doctype html><title>ztunnel</title><h1>ztunnel</h1><table>{rows}</table>\n"
+        rows = "".join(
+            f'<tr><td><a href="{html.escape(path)}">{html.escape(path)}</a><td>{html.escape(what)}'
+            for path, what in PAGES
+        )
+        style = "<style>body{font:15px system-ui;margin:2em}td{padding:.2em 1em .2em 0}</style>"
+        text = f"<!doctype html><title>ztunnel</title>{style}<h1>ztunnel</h1><table>{rows}</table>\n"
         return Page(content_type="text/html; charset=utf-8", body=text.encode())
 
     async def config_dump(_: Request) -> Page:
@@ -217,6 +151,7 @@ def admin_app(view: AdminView) -> App:
             "/explain": explain,
             "/logging": logging,
             "/quitquitquit": quit_,
+            **debugpages.debug_routes(view),
         }
     )
 

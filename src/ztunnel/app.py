@@ -26,7 +26,7 @@ import trio
 from hbone.daemon import logs
 from hbone.daemon.http import HttpLimits, serve_asgi, unix_listener
 from hbone.errors import ConfigurationError, IdentityError
-from ztunnel import dump
+from ztunnel import dump, heap
 from ztunnel.admin import Readiness, admin_app, readiness_app, stats_app
 from ztunnel.datapath import data_path
 from ztunnel.dataplane import Reactor
@@ -35,6 +35,7 @@ from ztunnel.dumpconfig import config_dump
 from ztunnel.errors import address_text
 from ztunnel.membership import Membership, timestamp
 from ztunnel.metrics import Metrics
+from ztunnel.profiler import sample
 from ztunnel.questions import answer
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ztunnel.control.cache import StateDir
     from ztunnel.control.transport import Dial
     from ztunnel.dns.server import DnsProxy
+    from ztunnel.profiler import Stacks
 
     Pages = tuple[AsgiApp, Sequence[trio.SocketListener], tuple[str, ...] | None]
 
@@ -265,6 +267,41 @@ class Daemon:
                 mesh.own_workload(), self.path.connections(), ready=self.readiness.ready
             ),
         }
+
+    async def profile(self, seconds: int, frequency: int) -> dict[str, Stacks]:
+        """Where the processes spend their CPU, by name.
+
+        Raises:
+            Busy: another profile is being taken.
+            ConfigurationError: this is not the main thread.
+        """
+        found: dict[str, Stacks] = {}
+
+        async def own() -> None:
+            found["daemon"] = await sample(seconds, frequency)
+
+        async def workers() -> None:
+            found.update(await self.path.profile(seconds, frequency))
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(own)
+                nursery.start_soon(workers)
+        except BaseExceptionGroup as group:
+            refused = group.subgroup(ConfigurationError)
+            if refused is None:
+                raise
+            raise _first(refused) from None
+        return dict(sorted(found.items()))
+
+    async def heap(self) -> dict[str, dict[str, Any]]:
+        """What fills the memory of the processes, by name."""
+        return {"daemon": await heap.look()} | await self.path.heap()
+
+    def trace_heap(self, on: bool) -> None:
+        """Begin, or end, to trace allocations in all processes."""
+        heap.trace(on)
+        self.path.trace_heap(on)
 
     async def explain(self, destination: str, source: str | None) -> dict[str, Any]:
         """What the mesh does with a connection.

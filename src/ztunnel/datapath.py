@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ztunnel.jsonstream import Rows
     from ztunnel.membership import Membership
     from ztunnel.metrics import Metrics
+    from ztunnel.profiler import Stacks
 
 __all__ = ["DataPath", "OneProcess", "data_path"]
 
@@ -74,6 +75,18 @@ class DataPath(Protocol):
 
     def level_changed(self) -> None:
         """The log level is another now."""
+        ...
+
+    async def profile(self, seconds: int, frequency: int) -> dict[str, Stacks]:
+        """Where its own processes spend their CPU, by name; none where this one is the only one."""
+        ...
+
+    async def heap(self) -> dict[str, dict[str, Any]]:
+        """What fills their memory."""
+        ...
+
+    def trace_heap(self, on: bool) -> None:
+        """Begin, or end, to trace their allocations."""
         ...
 
 
@@ -147,6 +160,19 @@ class OneProcess:
 
     def level_changed(self) -> None:
         """This process's own."""
+
+    async def profile(self, seconds: int, frequency: int) -> dict[str, Stacks]:
+        """None: this process is the only one."""
+        await trio.lowlevel.checkpoint()
+        return {}
+
+    async def heap(self) -> dict[str, dict[str, Any]]:
+        """None."""
+        await trio.lowlevel.checkpoint()
+        return {}
+
+    def trace_heap(self, on: bool) -> None:
+        """None."""
 
 
 def data_path(reactor: Reactor, config: Config, mesh: Membership, metrics: Metrics) -> DataPath:

@@ -128,6 +128,8 @@ def _text(value: Any, newline: str) -> str:
     kind = type(value)
     if kind is str:
         return _quote(value)
+    if kind is int:
+        return str(value)
     if kind is dict:
         inner = newline + "  "
         parts = [f"{_quote(str(name))}: {_text(value[name], inner)}" for name in sorted(value)]
@@ -136,4 +138,6 @@ def _text(value: Any, newline: str) -> str:
         inner = newline + "  "
         parts = [_text(part, inner) for part in value]
         return "[" + inner + ("," + inner).join(parts) + newline + "]" if parts else "[]"
+    if value is None:
+        return "null"
     return json.dumps(value, default=str)

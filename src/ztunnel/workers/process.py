@@ -9,7 +9,7 @@ import time
 
 from hbone.errors import ConfigurationError
 
-__all__ = ["adopt_orphans", "call_ourselves", "end_with", "ignore_signals"]
+__all__ = ["adopt_orphans", "call_ourselves", "end_with", "how_ended", "ignore_signals"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -69,3 +69,15 @@ def ignore_signals() -> None:
     """Leave SIGINT and SIGTERM, which a terminal or systemd sends to all processes, to the parent: it drains."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def how_ended(code: int | None) -> str:
+    """An exit code in words, or the name of the signal; None: nobody knows."""
+    if code is None:
+        return "unknown"
+    if code < 0:
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            return f"signal {-code}"
+    return f"exit code {code}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from ztunnel.metrics import Counts
 from ztunnel.wire import discovery_pb2
 from ztunnel.workers.book import Page, make_memory
 from ztunnel.workers.link import Link
-from ztunnel.workers.process import adopt_orphans
+from ztunnel.workers.process import adopt_orphans, how_ended
 from ztunnel.workers.starting import Starter, StartFailed
 from ztunnel.workers.wire import Kind, pack_identity
 from ztunnel.workers.worker import Setup
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from ztunnel.config import Config
     from ztunnel.membership import Membership
     from ztunnel.metrics import Metrics
+    from ztunnel.profiler import Stacks
 
 __all__ = ["Supervisor"]
 
@@ -46,6 +46,8 @@ CONFIRM = 10.0
 CONFIRM_RESOURCE = 0.002
 REPORT = 1.0
 """Seconds that a page waits for the workers' part of it."""
+REPORT_LONG = 30.0
+"""The same, for what takes a worker long."""
 BEAT = 5.0
 """Seconds between two questions whether a worker is there, and ..."""
 BEAT_TIMEOUT = 20.0
@@ -218,7 +220,7 @@ class Supervisor:
             else:
                 pid = link.pid
                 lost = await self._attend(place, link)
-                reason = _why(link.code)
+                reason = how_ended(link.code)
             if self._stopping.is_set():
                 return
             place.restarts += 1
@@ -399,6 +401,33 @@ class Supervisor:
         for link in self._links():
             link.send(Kind.LEVEL, logs.current_level().encode())
 
+    async def profile(self, seconds: int, frequency: int) -> dict[str, Stacks]:
+        """Where each worker spends its CPU; one that does not answer is left out."""
+        found = await self._asked("profile", f"profile {seconds} {frequency}", seconds + REPORT_LONG)
+        return {name: {tuple(stack): spent for stack, spent in rows} for name, rows in found.items()}
+
+    async def heap(self) -> dict[str, dict[str, Any]]:
+        """What fills the memory of each."""
+        return await self._asked("heap", "heap", REPORT_LONG)
+
+    def trace_heap(self, on: bool) -> None:
+        """Begin, or end, to trace allocations in each that runs now."""
+        for link in self._links():
+            link.send(Kind.TRACE, b"on" if on else b"")
+
+    async def _asked(self, what: str, question: str, seconds: float) -> dict[str, Any]:
+        """What each worker has to say to this, by name."""
+        found: dict[str, Any] = {}
+
+        async def ask(link: Link) -> None:
+            if await link.ask(question, seconds):
+                found[f"worker {link.number}"] = link.report.pop(what, {})
+
+        async with trio.open_nursery() as nursery:
+            for link in self._links():
+                nursery.start_soon(ask, link)
+        return dict(sorted(found.items()))
+
     # what the pages show
 
     async def refresh(self, what: str) -> None:
@@ -467,14 +496,3 @@ def _state(link: Link | None, *, draining: bool) -> str:
 def _opened(link: Link | None) -> int:
     """Connections so far, of this process."""
     return sum(traffic.opened_count for traffic in link.page.counts().traffic.values()) if link is not None else 0
-
-
-def _why(code: int | None) -> str:
-    if code is None:
-        return "unknown"
-    if code < 0:
-        try:
-            return signal.Signals(-code).name
-        except ValueError:
-            return f"signal {-code}"
-    return f"exit code {code}"

@@ -61,6 +61,8 @@ class Kind(enum.IntEnum):
     """Accept nothing further, let connections finish, and end."""
     REVOCATIONS = 11
     """All revocation lists, as `pack_lists` gives them."""
+    TRACE = 12
+    """Trace allocations, if there is a body."""
 
     DONE = 20
     """Of a worker: the message of this number is in force."""

@@ -16,14 +16,16 @@ import attrs
 import trio
 
 from hbone.daemon import logs
-from ztunnel import jsonstream
+from ztunnel import heap, jsonstream
 from ztunnel.control.apply import apply
 from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import FETCH_TIMEOUT, NoCertificate
 from ztunnel.dataplane import Dataplane, Reactor
 from ztunnel.dataplane.listener import SHARED
+from ztunnel.jsonstream import Rows
 from ztunnel.logs import AccessLog
 from ztunnel.mesh import Store
+from ztunnel.profiler import Busy, sample
 from ztunnel.wire import discovery_pb2
 from ztunnel.workers.book import WorkerMetrics
 from ztunnel.workers.process import call_ourselves, end_with
@@ -210,6 +212,8 @@ class Worker:
             self.dataplane.uncover(int(body))
         elif kind is Kind.LEVEL:
             logs.set_level(body.decode())
+        elif kind is Kind.TRACE:
+            heap.trace(bool(body))
         elif kind is Kind.DRAIN:
             self._drain.set()
 
@@ -263,10 +267,22 @@ class Worker:
     # to the parent
 
     async def _answer(self) -> None:
-        """A report may be long, and the data path goes on meanwhile."""
-        async for message in self._questions:
-            body = await jsonstream.collect(self._report(message.body.decode()))
-            self._send(Message(Kind.REPORTED, message.number, body))
+        """A report may take long, and the data path goes on meanwhile."""
+        async with trio.open_nursery() as nursery:
+            async for message in self._questions:
+                nursery.start_soon(self._tell, message)
+
+    async def _tell(self, message: Message) -> None:
+        what, *arguments = message.body.decode().split()
+        found: dict[str, Any] = {}
+        if what == "profile":
+            with contextlib.suppress(Busy):  # the parent gave up on the one before
+                found[what] = Rows((await sample(*map(int, arguments))).items(), list)
+        elif what == "heap":
+            found[what] = await heap.look()
+        else:
+            found = self._report(what)
+        self._send(Message(Kind.REPORTED, message.number, await jsonstream.collect(found)))
 
     def _report(self, what: str) -> dict[str, Any]:
         plane = self.dataplane
