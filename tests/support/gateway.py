@@ -129,18 +129,21 @@ class Crossing(Pair):
 
 
 @contextlib.asynccontextmanager
-async def open_crossing(*, identity: Identity | None = None, **config: Any) -> AsyncIterator[Crossing]:
+async def open_crossing(
+    *, identity: Identity | None = None, gateway_port: int = 0, **config: Any
+) -> AsyncIterator[Crossing]:
     """A client on `near`, a server on `far`, and the gateway; all in the test's own Trio.
 
     Args:
         identity: the gateway's, if another than expected.
+        gateway_port: where another gateway will listen on 127.0.0.1, which the caller starts.
         config: of both data paths.
     """
     reactor = Reactor()
     store = Store()
     client = make_host(reactor, store, "client", **{"network": "near", **config})
     server = make_host(reactor, store, "server", **{"network": "far", **config})
-    gateway = Gateway(fresh_ip(), 15009)
+    gateway = Gateway("127.0.0.1", gateway_port) if gateway_port else Gateway(fresh_ip(), 15009)
     async with trio.open_nursery() as nursery:
         crossing = Crossing(reactor, store, client, server, nursery, gateway=gateway)
         client.workload = attrs.evolve(client.workload, network="near")
@@ -148,7 +151,8 @@ async def open_crossing(*, identity: Identity | None = None, **config: Any) -> A
         crossing.far(server)
         gateway.targets.append((server.ip, 15008))
         await nursery.start(lambda task_status: reactor.run_in_trio(task_status=task_status))
-        await nursery.start(gateway.serve, identity or CA.identity("default", "gateway"))
+        if not gateway_port:
+            await nursery.start(gateway.serve, identity or CA.identity("default", "gateway"))
         client.plane.start()
         server.plane.start()
         try:
