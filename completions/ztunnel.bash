@@ -7,8 +7,8 @@
 
 _shtab_ztunnel_subparsers=(run proxy status explain enroll version)
 
-_shtab_ztunnel_run_option_strings=(-h --help)
-_shtab_ztunnel_proxy_option_strings=(-h --help)
+_shtab_ztunnel_run_option_strings=(-h --help --take-over --background)
+_shtab_ztunnel_proxy_option_strings=(-h --help --take-over --background)
 _shtab_ztunnel_status_option_strings=(-h --help --json)
 _shtab_ztunnel_explain_option_strings=(-h --help --from --json)
 _shtab_ztunnel_enroll_option_strings=(-h --help --server --token-file --name)
@@ -21,8 +21,12 @@ _shtab_ztunnel_pos_0_choices=(run proxy status explain enroll version)
 
 _shtab_ztunnel_run__h_nargs=0
 _shtab_ztunnel_run___help_nargs=0
+_shtab_ztunnel_run___take_over_nargs=0
+_shtab_ztunnel_run___background_nargs=0
 _shtab_ztunnel_proxy__h_nargs=0
 _shtab_ztunnel_proxy___help_nargs=0
+_shtab_ztunnel_proxy___take_over_nargs=0
+_shtab_ztunnel_proxy___background_nargs=0
 _shtab_ztunnel_status__h_nargs=0
 _shtab_ztunnel_status___help_nargs=0
 _shtab_ztunnel_status___json_nargs=0

@@ -12,8 +12,8 @@ _shtab_ztunnel_commands() {
   local _commands=(
     enroll:'Present a one-time token to the control plane and keep the certificate it gives. The token leaves this host only after the server'"'"'s chain was found to end in the root that the token names.'
     explain:'Every step of the decision: service, endpoint, tunnel or plaintext, expected peer, policy. Exit code 1 when the connection would be refused.'
-    proxy:'Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once.'
-    run:'Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once.'
+    proxy:'Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once. With --take-over it gets the sockets of the one that runs on the same state directory as soon as it is ready itself, so that no connection is refused; that one serves what it has, drains and ends.'
+    run:'Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once. With --take-over it gets the sockets of the one that runs on the same state directory as soon as it is ready itself, so that no connection is refused; that one serves what it has, drains and ends.'
     status:'Identity and its expiry, the control plane, tunnels and connections of the proxy on this host, and the ports of this host that can be reached past the mesh.'
     version:'Print the version.'
   )
@@ -49,6 +49,8 @@ _shtab_ztunnel_explain_defaults_added=0
 
 _shtab_ztunnel_proxy_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--take-over[replace the ztunnel that runs\; where none runs, start as usual]"
+  "--background[return as soon as it serves, with 0, or when it failed]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -56,6 +58,8 @@ _shtab_ztunnel_proxy_defaults_added=0
 
 _shtab_ztunnel_run_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--take-over[replace the ztunnel that runs\; where none runs, start as usual]"
+  "--background[return as soon as it serves, with 0, or when it failed]"
 )
 
 # guard to ensure default positional specs are added only once per session

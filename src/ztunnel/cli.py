@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -24,10 +27,11 @@ from ztunnel.config import DEFAULT_ROOT, DEFAULT_STATE_DIR, Config
 from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import enroll, settings
 from ztunnel.control.transport import ControlPlaneError, RootSource, ServerAddress, TokenSource, Unreachable
+from ztunnel.given import from_systemd
+from ztunnel.takeover import TakeOverFailed
 from ztunnel.wire.token import MAX_TOKEN_LENGTH, parse_enrolment_token
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Mapping, Sequence
 
 __all__ = ["main"]
@@ -55,15 +59,25 @@ def _parser() -> Parser:
         epilog="example:\n  PROXY_WORKLOAD_INFO=shop/web-1/web XDS_ADDRESS=https://10.0.0.1:15012"
         " CA_ADDRESS=https://10.0.0.1:15012 ztunnel run",
     )
-    parser.set_defaults(command=_run)
+    parser.set_defaults(command=_run, take_over=False, background=False, ready_fd=None)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     for name in ("run", "proxy"):
         run = commands.add_parser(
             name,
             help="run the proxy until SIGTERM (the default)" if name == "run" else "the same, as ztunnel calls it",
-            description="Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once.",
-            epilog=f"example:\n  PROXY_WORKLOAD_INFO=shop/web-1/web ztunnel {name}",
+            description="Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once."
+            " With --take-over it gets the sockets of the one that runs on the same state directory as soon as it is"
+            " ready itself, so that no connection is refused; that one serves what it has, drains and ends.",
+            epilog=f"example:\n  PROXY_WORKLOAD_INFO=shop/web-1/web ztunnel {name}\n"
+            f"  ztunnel {name} --take-over --background",
         )
+        run.add_argument(
+            "--take-over", action="store_true", help="replace the ztunnel that runs; where none runs, start as usual"
+        )
+        run.add_argument(
+            "--background", action="store_true", help="return as soon as it serves, with 0, or when it failed"
+        )
+        run.add_argument("--ready-fd", type=int, metavar="FD", help=argparse.SUPPRESS)
         run.set_defaults(command=_run)
     status = commands.add_parser(
         "status",
@@ -105,22 +119,52 @@ def _parser() -> Parser:
     return parser
 
 
-def _run(_: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     config = settings(os.environ)
     config.served  # noqa: B018 - a missing workload is named now, before anything starts
     _check_files(config)
+    if arguments.background:
+        return _run_behind(arguments)
+    given = from_systemd(os.environ)
     terminal = sys.stdout.isatty()
     format_ = config.log_format if config.log_format != "auto" else "console" if terminal else "json"
     logs.configure(format_, config.log_level)  # type: ignore[arg-type]  # the settings allow these names only
-    state = _state(config)
+    state = _state(config, join=arguments.take_over)
     from ztunnel import app
 
+    def tell() -> None:
+        if arguments.ready_fd is not None:
+            with contextlib.suppress(OSError):  # who waited for it is gone
+                os.write(arguments.ready_fd, b"serving\n")
+                os.close(arguments.ready_fd)
+
     try:
-        app.run(config, state)
+        app.run(config, state, given=given, take_over=arguments.take_over, when_serving=tell)
+    except TakeOverFailed as error:
+        raise CommandError(str(error), ExitCode.UNREACHABLE) from None
     finally:
+        given.close()
         if state is not None:
             state.release()
     return ExitCode.DONE
+
+
+def _run_behind(arguments: argparse.Namespace) -> int:
+    """Start the daemon in a session of its own, and wait until it serves or ends."""
+    reading, writing = os.pipe()
+    command = [sys.executable, "-I" if sys.flags.isolated else "-P", "-m", "ztunnel", "run", "--ready-fd", str(writing)]
+    if arguments.take_over:
+        command.append("--take-over")
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[writing], start_new_session=True)
+    finally:
+        os.close(writing)
+    with os.fdopen(reading, "rb") as ready:
+        told = ready.read()  # until it says so, or ends
+    if told:
+        print(f"ztunnel serves, process {child.pid}")
+        return ExitCode.DONE
+    return child.wait() or ExitCode.UNREACHABLE
 
 
 def _check_files(config: Config) -> None:
@@ -150,12 +194,13 @@ def _check_files(config: Config) -> None:
         raise ConfigurationError(f"AUTH_TOKEN cannot be used: {error}") from None
 
 
-def _state(config: Config) -> StateDir | None:
+def _state(config: Config, *, join: bool = False) -> StateDir | None:
     """The state directory: the one that was named, or the usual one where it can be had."""
-    if config.state_dir is not None:
-        return StateDir.open(config.state_dir)
+    open_ = StateDir.join if join else StateDir.open
+    if join or config.state_dir is not None:
+        return open_(config.state_dir or DEFAULT_STATE_DIR)
     try:
-        return StateDir.open(DEFAULT_STATE_DIR)
+        return open_(DEFAULT_STATE_DIR)
     except ConfigurationError as error:
         logs.get_logger("ztunnel.app").warning(
             "nothing is kept on disk: a restart while the control plane is away cannot serve; set ZTUNNEL_STATE_DIR",

@@ -11,8 +11,11 @@ from ztunnel.errors import address_text
 from ztunnel.logs import INBOUND, OUTBOUND, AccessLog
 
 if TYPE_CHECKING:
+    import socket
+
     from ztunnel.config import Config
     from ztunnel.dataplane import Reactor
+    from ztunnel.given import Given
     from ztunnel.jsonstream import Rows
     from ztunnel.membership import Membership
     from ztunnel.metrics import Metrics
@@ -29,8 +32,19 @@ class DataPath(Protocol):
         """Applications see the client's own address."""
         ...
 
-    def bind(self) -> None:
-        """Listen; nothing is accepted before `start`. Raises ConfigurationError."""
+    def bind(self, given: Given | None = None) -> None:
+        """Listen, where there is one on a socket that was given; nothing is accepted before `start`.
+
+        Raises ConfigurationError.
+        """
+        ...
+
+    def sockets(self) -> list[tuple[str, socket.SocketType]]:
+        """What it listens on, with the purposes; a purpose may come several times."""
+        ...
+
+    def release(self) -> None:
+        """Accept nothing further: another process has the sockets. `drain` comes next."""
         ...
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -109,9 +123,17 @@ class OneProcess:
         """Applications see the client's own address."""
         return self.plane.transparent
 
-    def bind(self) -> None:
+    def bind(self, given: Given | None = None) -> None:
         """Listen; nothing is accepted before `start`. Raises ConfigurationError."""
-        self.plane.bind()
+        self.plane.bind(given)
+
+    def sockets(self) -> list[tuple[str, socket.SocketType]]:
+        """What it listens on, with the purposes."""
+        return self.plane.sockets()
+
+    def release(self) -> None:
+        """Accept nothing further."""
+        self.plane.release()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The reactor does it all."""

@@ -237,14 +237,18 @@ class Membership:
             else:
                 self.restored = True
 
-    async def first_picture(self) -> None:
-        """Wait for a picture of the mesh to serve by: discovery's, the local file, or the one kept on disk."""
+    async def first_picture(self, patience: float = CATCH_UP) -> None:
+        """Wait for a picture of the mesh to serve by: discovery's, the local file, or the one kept on disk.
+
+        Args:
+            patience: Seconds to wait for discovery before the one on disk will do.
+        """
         if self.discovery is None:
             return
         if not self.restored:
             await self.discovery.ready.wait()
             return
-        with trio.move_on_after(CATCH_UP):
+        with trio.move_on_after(patience):
             await self.discovery.ready.wait()
             return
         since = self.discovery.status().stale_since
@@ -259,6 +263,13 @@ class Membership:
                 nursery.start_soon(self.discovery.run)
             if self._writer is not None:
                 nursery.start_soon(self._writer.run)
+
+    async def stop_writing(self) -> None:
+        """Leave the disk to the process that takes over."""
+        if self._writer is not None:
+            await self._writer.stop()
+        if self.state is not None:
+            self.state.disown()
 
     def _on_change(self, change: Change) -> None:
         workload = self.own_workload()

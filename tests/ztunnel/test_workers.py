@@ -246,7 +246,7 @@ def own_settings(**more: Any) -> Config:
 
 @pytest.mark.parametrize("shares", [2, 4, 8])
 def test_connections_of_one_client_spread_evenly(shares: int) -> None:
-    _, found = open_listeners(SocketCalls(), own_settings(), shares)
+    found = open_listeners(SocketCalls(), own_settings(), shares).shares
     address = found[0]["outbound"].getsockname()
     assert {share["outbound"].getsockname() for share in found} == {address}
     count = 1000
@@ -269,7 +269,7 @@ def test_connections_of_one_client_spread_evenly(shares: int) -> None:
 
 
 def test_an_address_that_another_has_is_not_shared_with_it() -> None:
-    _, found = open_listeners(SocketCalls(), own_settings(), 2)
+    found = open_listeners(SocketCalls(), own_settings(), 2).shares
     for what in ("hbone", "outbound"):
         port = found[0][what].getsockname()[1]
         for shares in (1, 2):

@@ -29,7 +29,18 @@ if TYPE_CHECKING:
     from hypercorn.trio.tcp_server import TCPServer
     from hypercorn.typing import AppWrapper
 
-__all__ = ["App", "HttpLimits", "Message", "Receive", "Scope", "Send", "serve_asgi", "serve_stream", "unix_listener"]
+__all__ = [
+    "App",
+    "HttpLimits",
+    "Message",
+    "Receive",
+    "Scope",
+    "Send",
+    "serve_asgi",
+    "serve_stream",
+    "unix_listener",
+    "unix_socket",
+]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -75,7 +86,7 @@ async def serve_asgi(
 
     Args:
         app: takes `http` scopes only; there is no lifespan and no websocket.
-        listeners: TCP or Unix sockets, listening already.
+        listeners: TCP or Unix sockets, listening already. When one is closed, its connections still go on.
         limits: what one peer may cost.
         hosts: check that `Host` (and `Origin`, when sent) is loopback, an IP address or one of these names. Set it for
             pages that trust the loopback address, because a web site can point its own name there. None: no check.
@@ -113,6 +124,21 @@ def unix_listener(path: str | os.PathLike[str], *, mode: int = 0o600, backlog: i
     Raises:
         ConfigurationError: something else stands there, a live process listens there, or the path is too long.
     """
+    return trio.SocketListener(trio.socket.from_stdlib_socket(unix_socket(path, mode=mode, backlog=backlog)))
+
+
+def unix_socket(
+    path: str | os.PathLike[str],
+    *,
+    mode: int = 0o600,
+    backlog: int = 64,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+) -> socket.socket:
+    """The same, as a plain socket of any kind.
+
+    Raises:
+        ConfigurationError: something else stands there, a live process listens there, or the path is too long.
+    """
     target = Path(path)
     name = str(target)
     if len(os.fsencode(name)) > 100:  # sun_path is 108 bytes, and a suffix is added for a moment
@@ -120,17 +146,17 @@ def unix_listener(path: str | os.PathLike[str], *, mode: int = 0o600, backlog: i
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(target.lstat().st_mode):
             raise ConfigurationError(f"{name!r} exists and is not a socket; remove it or choose another path")
-        if _answers(name):
+        if _answers(name, kind):
             raise ConfigurationError(f"another process listens on {name!r}; stop it first")
     bound = Path(f"{name}.new")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, kind)
     try:
         bound.unlink(missing_ok=True)
         sock.bind(str(bound))
         bound.chmod(mode)
         sock.listen(backlog)
         bound.rename(target)
-        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        return sock
     except OSError as error:
         sock.close()
         with contextlib.suppress(OSError):
@@ -138,8 +164,8 @@ def unix_listener(path: str | os.PathLike[str], *, mode: int = 0o600, backlog: i
         raise ConfigurationError(f"cannot listen on {name!r}: {(error.strerror or str(error)).lower()}") from error
 
 
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+def _answers(path: str, kind: socket.SocketKind) -> bool:
+    with socket.socket(socket.AF_UNIX, kind) as sock:
         sock.setblocking(False)
         try:
             sock.connect(path)
@@ -180,6 +206,8 @@ class _Server:
         while True:
             try:
                 accepted = await listener.accept()
+            except trio.ClosedResourceError:
+                return  # who gave us the listener closed it; connections go on
             except OSError as error:
                 if error.errno not in _OUT_OF_DESCRIPTORS:
                     raise

@@ -9,6 +9,7 @@ STATE/                 0700
                              when the picture was last known to be current
   enrolment.json       0600  where this host was enrolled, and as what
   admin.sock           0600  the admin pages, for `ztunnel status` and `ztunnel explain`
+  takeover.sock        0600  where the next ztunnel asks for our sockets
   lock                 0600  held by the process that uses the directory
 ```
 
@@ -77,6 +78,8 @@ class StateDir:
         """Use `path`, which must be private; `open` checks that."""
         self.path = path
         self._lock: int | None = None
+        self._owned = trio.Event()
+        self._owned.set()
 
     @classmethod
     def open(cls, path: Path) -> StateDir:
@@ -85,25 +88,78 @@ class StateDir:
         Raises:
             ConfigurationError: it cannot be made, others may read it, or another process uses it.
         """
+        state = cls.join(path)
+        state.acquire()
+        return state
+
+    @classmethod
+    def join(cls, path: Path) -> StateDir:
+        """Read what another ztunnel keeps there, and write nothing before `acquire`.
+
+        Raises:
+            ConfigurationError: it cannot be made, or others may read it.
+        """
         state = cls(require_private_directory(path))
+        state.disown()
+        return state
+
+    def acquire(self, lock: int | None = None) -> None:
+        """Become the one who writes there.
+
+        Args:
+            lock: descriptor of the lock, held, from the process that gives it up.
+
+        Raises:
+            ConfigurationError: another process uses it.
+        """
         try:
-            state._lock = os.open(state.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(state._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock
+            if lock is None:
+                self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            assert self._lock is not None
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            state.release()
+            self.release()
             raise ConfigurationError(
-                f"the state directory {str(path)!r} is in use by another ztunnel; stop it, or set ZTUNNEL_STATE_DIR"
+                f"the state directory {str(self.path)!r} is in use by another ztunnel; stop it, replace it by"
+                " 'ztunnel run --take-over', or set ZTUNNEL_STATE_DIR"
             ) from None
         except OSError as error:
-            state.release()
-            raise ConfigurationError(f"the state directory {str(path)!r} cannot be used: {error.strerror}") from None
-        return state
+            self.release()
+            raise ConfigurationError(
+                f"the state directory {str(self.path)!r} cannot be used: {error.strerror}"
+            ) from None
+        self._owned.set()
+
+    @property
+    def owned(self) -> bool:
+        """We are the one who writes there."""
+        return self._owned.is_set()
+
+    async def until_owned(self) -> None:
+        """Wait until we are."""
+        await self._owned.wait()
+
+    @property
+    def lock(self) -> int | None:
+        """Descriptor of the lock, to be passed on."""
+        return self._lock
+
+    def disown(self) -> None:
+        """Write nothing further: another process does from here on."""
+        self._owned = trio.Event()
 
     def release(self) -> None:
         """Let another process have it."""
+        self.disown()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    @property
+    def takeover_socket(self) -> Path:
+        """Where the next ztunnel asks for our sockets."""
+        return self.path / "takeover.sock"
 
     @property
     def admin_socket(self) -> Path:
@@ -288,6 +344,8 @@ class CacheWriter:
         self._dirty = False
         self._identity: Identity | None = None
         self._wake = trio.Event()
+        self._scope = trio.CancelScope()
+        self._stopped = trio.Event()
         self._rest = 0.0
         self._failed = False
 
@@ -302,7 +360,19 @@ class CacheWriter:
         self._wake.set()
 
     async def run(self) -> None:
-        """Write until cancelled, and then what is left, for five seconds at most."""
+        """Write until cancelled or stopped, and then what is left, for five seconds at most."""
+        await self._state.until_owned()
+        with self._scope:
+            await self._write_on()
+        self._stopped.set()
+
+    async def stop(self) -> None:
+        """Write what is left, and nothing from then on."""
+        self._scope.cancel()
+        if self._state.owned:
+            await self._stopped.wait()
+
+    async def _write_on(self) -> None:
         try:
             while True:
                 if not self._dirty and self._identity is None:

@@ -171,7 +171,7 @@ class Revocations:
             return
         self._set(self._file, lists)
         log.info("revocation lists of the mesh in force", lists=len(lists.lists))
-        if self._state is not None:
+        if self._state is not None and self._state.owned:
             try:
                 await self._in_thread(self._state.save_revocations, _pem(lists))
             except OSError as error:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from ztunnel.config import Config
     from ztunnel.dataplane.tunnel import Tunnel
+    from ztunnel.given import Given
     from ztunnel.logs import AccessLog
     from ztunnel.mesh.store import Change, Store
     from ztunnel.metrics import Metrics
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Dataplane", "IdentitySource", "Reactor", "SocketCalls"]
 
 _HBONE_PORT: Final = 15_008
+_DRAIN_STEP: Final = 0.01  # seconds between two looks whether all is done
 
 
 class Dataplane:
@@ -87,6 +89,7 @@ class Dataplane:
         self.listeners: dict[str, Listener] = {}
         """By purpose: hbone, inbound, outbound, socks5."""
         self._covered: dict[int, list[Listener]] = {}
+        self._further: dict[int, list[Listener]] = {}
         self.transparent = False
         """Applications see the client's own address."""
         self._calls = calls or SocketCalls(options_of(config))
@@ -123,16 +126,21 @@ class Dataplane:
         self.inbound = Inbound(plane, identities, config=connection, budget=self.budget, recall=recall)
         self.passthrough = Passthrough(plane)
         self._unsubscribe = store.subscribe(self.recheck)
-        self._closed = False
+        self._released = self._closed = False
 
-    def bind(self) -> None:
+    def bind(self, given: Given | None = None) -> None:
         """Listen; nothing is accepted before `start`.
+
+        Args:
+            given: sockets to be used instead of new ones.
 
         Raises:
             ConfigurationError: an address cannot be had, or ENABLE_ORIG_SRC was asked for and does not work.
         """
-        transparent, (sockets,) = open_listeners(self._calls, self.config)
-        self.adopt(sockets, transparent=transparent)
+        listeners = open_listeners(self._calls, self.config, given=given)
+        self.adopt(listeners.shares[0], transparent=listeners.transparent)
+        for number, share in enumerate(listeners.shares[1:], 1):
+            self._further[number] = self._listeners_on(share)
 
     def adopt(
         self, sockets: Mapping[str, socket.SocketType], *, transparent: bool, shared: frozenset[str] = frozenset()
@@ -158,13 +166,16 @@ class Dataplane:
             "outbound": self.outbound.accepted,
             "socks5": self.socks5.accepted,
         }[what]
-        return Listener(self.reactor, self._calls, sock, accepted, shared=shared)
+        return Listener(self.reactor, self._calls, sock, accepted, what=what, shared=shared)
+
+    def _listeners_on(self, sockets: Mapping[str, socket.SocketType]) -> list[Listener]:
+        return [self._listener(what, sock) for what, sock in sockets.items()]
 
     def cover(self, share: int, sockets: Mapping[str, socket.SocketType]) -> None:
         """Accept for a process that is away, until `uncover`."""
         listeners = self._covered.get(share)
         if listeners is None:
-            listeners = self._covered[share] = [self._listener(what, sock) for what, sock in sockets.items()]
+            listeners = self._covered[share] = self._listeners_on(sockets)
         for listener in listeners:
             listener.start()
 
@@ -175,11 +186,19 @@ class Dataplane:
 
     def start(self) -> None:
         """Begin to accept. Call inside the running reactor, when the mesh is known."""
-        for listener in self.listeners.values():
+        for listener in itertools.chain(self.listeners.values(), *self._further.values()):
             listener.start()
 
+    def sockets(self) -> list[tuple[str, socket.SocketType]]:
+        """What we listen on, with the purposes."""
+        further = itertools.chain(*self._further.values())
+        return [
+            *((what, listener.sock) for what, listener in self.listeners.items()),
+            *((listener.what, listener.sock) for listener in further),
+        ]
+
     def _all_listeners(self) -> Iterator[Listener]:
-        return itertools.chain(self.listeners.values(), *self._covered.values())
+        return itertools.chain(self.listeners.values(), *self._further.values(), *self._covered.values())
 
     def recheck(self, change: Change) -> None:
         """Ask the policies about live connections again; called for each change of the store."""
@@ -189,20 +208,36 @@ class Dataplane:
         """Call once every tunnel was held against the revocation lists as they are now; at once where all were."""
         self._recall.when_done(call)
 
-    async def drain(self) -> None:
-        """Accept nothing further, tell tunnels, and let connections finish until the deadline of the configuration."""
+    def release(self) -> None:
+        """Accept nothing further, and leave what waits to the process that has the sockets as well."""
         for listener in self._all_listeners():
-            listener.drain()
-        self.socks5.close()
+            listener.close()
+        self.inbound.release()
+        self._released = True
+
+    async def drain(self) -> None:
+        """Accept nothing further, tell tunnels, and let connections finish until the deadline of the configuration.
+
+        After `release` this loses nobody: what was accepted before is served to its end, handshakes included.
+        """
+        if not self._released:
+            for listener in self._all_listeners():
+                listener.drain()
+            self.socks5.close()
         self.inbound.drain()
-        ended, closed = trio.Event(), trio.Event()
-        self.connections.on_empty = ended.set
-        self.inbound.on_empty = closed.set
         with trio.move_on_after(self.config.drain_deadline):
-            if len(self.connections):
-                await ended.wait()
-            if self.inbound.tunnels:
-                await closed.wait()  # the second GOAWAY, after which each tunnel closes itself
+            while self._is_busy():  # noqa: ASYNC110 - five things may be the last, and this is the end
+                await trio.sleep(_DRAIN_STEP)
+
+    def _is_busy(self) -> bool:
+        """Somebody is served; an inbound tunnel closes itself after its last stream and the second GOAWAY."""
+        return bool(
+            len(self.connections)
+            or self.outbound.pending
+            or self.socks5.greetings
+            or self.inbound.waiting
+            or self.inbound.tunnels
+        )
 
     def close(self) -> None:
         """Cut what is left. Sockets are closed when the reactor's turn ends, or with the reactor."""
@@ -216,7 +251,6 @@ class Dataplane:
         for listener in self._all_listeners():
             listener.close()
         self.socks5.close()
-        self.connections.on_empty = None
         for connection in self.connections:
             connection.abort(Drained())
         for pending in list(self.outbound.pending):

@@ -169,8 +169,6 @@ class Connections:
     def __init__(self, later: Callable[[Callable[[], object]], None], clock: Callable[[], float]) -> None:
         self.inbound: dict[InboundConnection, None] = {}
         self.outbound: dict[AppConnection, None] = {}
-        self.on_empty: Callable[[], None] | None = None
-        """Called when the last one ended."""
         self._later = later
         self._clock = clock
         self._checking: Iterator[InboundConnection] | None = None
@@ -189,8 +187,6 @@ class Connections:
             self.inbound.pop(connection, None)
         else:
             self.outbound.pop(connection, None)
-        if self.on_empty is not None and not self.inbound and not self.outbound:
-            self.on_empty()
 
     def account(self) -> None:
         """Bring every connection's counters up to date, for a scrape."""

@@ -38,7 +38,7 @@ from ztunnel.mesh.inbound import inbound
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Hashable
+    from collections.abc import Hashable
 
     from hbone.config import ConnectionConfig
     from hbone.engine.flow import WindowBudget
@@ -87,8 +87,9 @@ class Inbound:
         self.tunnels: dict[Tunnel, Address] = {}
         """Each with the local address that it came to."""
         self.draining = False
-        self.on_empty: Callable[[], None] | None = None
-        """Called when the last tunnel is closed."""
+        self.waiting = 0
+        """Connections that wait for our certificate."""
+        self._released = False
         self._identities = identities
         self._config = config
         self._budget = budget
@@ -124,11 +125,13 @@ class Inbound:
     async def _fetch_and_shake_hands(self, sock: socket.SocketType, peer: Address, source: str) -> None:
         error: DataplaneError = IdentityUnavailable("cancelled")
         identity: Identity | None = None
+        self.waiting += 1
         try:
             identity = await self._identities.fetch()
         except Exception as exc:  # the source's own errors are of many kinds, and each is this connection's end
             error = exc if isinstance(exc, DataplaneError) else IdentityUnavailable(str(exc) or type(exc).__name__)
         finally:
+            self.waiting -= 1
             if identity is None:
                 self._refuse(sock, peer, source, error)
         if identity is not None:
@@ -142,7 +145,7 @@ class Inbound:
 
     def _shake_hands(self, sock: socket.SocketType, peer: Address, source: str, identity: Identity) -> None:
         plane = self.plane
-        if self.draining:
+        if self.draining and not self._released:
             self._refuse(sock, peer, source, ConnectFailed("the proxy is stopping"))
             return
         own = identity.svid.id
@@ -177,8 +180,6 @@ class Inbound:
         local = self.tunnels.pop(tunnel)
         del self._plans[tunnel]
         self._restraints.pop(tunnel, None)
-        if self.on_empty is not None and not self.tunnels:
-            self.on_empty()
         self.plane.metrics.socket_closed("destination")
         source = self._shaking.pop(tunnel, None)
         if source is not None:
@@ -196,15 +197,20 @@ class Inbound:
     def stream_finished(self, tunnel: Tunnel) -> None:
         """One stream less."""
 
+    def release(self) -> None:
+        """Another process accepts from here on: a tunnel that was accepted before is still made, and then drained."""
+        self._released = True
+
     def drain(self) -> None:
         """GOAWAY on each tunnel; open streams go on."""
         self.draining = True
         for tunnel in list(self.tunnels):
-            tunnel.drain()
+            if tunnel.established or not self._released:
+                tunnel.drain()
 
     def close(self) -> None:
         """Close every tunnel; streams that are open are lost."""
-        self.draining = True
+        self.draining, self._released = True, False
         self.forget_store()
         for tunnel in list(self.tunnels):
             tunnel.close()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import select
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import attrs
 import structlog
 
 from hbone.errors import ConfigurationError
 from ztunnel.errors import address_text
+from ztunnel.given import shares_port
 from ztunnel.mesh.address import parse_ip
 
 if TYPE_CHECKING:
@@ -21,9 +24,10 @@ if TYPE_CHECKING:
     from ztunnel.config import Config
     from ztunnel.dataplane.reactor import Reactor
     from ztunnel.dataplane.sockets import SocketCalls
+    from ztunnel.given import Given
     from ztunnel.mesh.address import Address, IpAddress
 
-__all__ = ["SHARED", "Listener", "bind", "keeps_sources", "open_listeners"]
+__all__ = ["SHARED", "Listener", "Listeners", "bind", "keeps_sources", "open_listeners"]
 
 SHARED: Final = frozenset({"hbone"})
 """Sockets that processes share: tunnels are few and live long, and by chance one would get many and another none."""
@@ -50,6 +54,7 @@ class Listener:
         calls: the socket calls.
         sock: listening; closed by the listener.
         accepted: takes each connection, with its peer, and closes it sooner or later.
+        what: its purpose.
         shared: other processes accept from this very socket. One of them is told of a connection, the one that was
             idle for longest; whoever took one steps aside for a moment, so that the next goes to another.
     """
@@ -61,9 +66,11 @@ class Listener:
         sock: socket.SocketType,
         accepted: Callable[[socket.SocketType, Address], None],
         *,
+        what: str = "",
         shared: bool = False,
     ) -> None:
         self.sock = sock
+        self.what = what
         self.address: Address = calls.local_address(sock)
         self._reactor = reactor
         self._calls = calls
@@ -152,24 +159,33 @@ class Listener:
     def close(self) -> None:
         """New connections are refused from now on."""
         if not self._closed:
+            self._leave()  # another process may have the socket as well, and then closing it here ends no events
             self._closed = True
-            self._listening = False
             self._reactor.close(self.sock)
 
 
-def open_listeners(
-    calls: SocketCalls, config: Config, shares: int = 1
-) -> tuple[bool, list[dict[str, socket.SocketType]]]:
-    """Every listening socket of the data path, by purpose: hbone, inbound, outbound, socks5.
+@attrs.frozen(kw_only=True)
+class Listeners:
+    """Every listening socket of the data path."""
+
+    transparent: bool
+    """Applications see the client's own address."""
+    shares: list[dict[str, socket.SocketType]]
+    """By purpose: hbone, inbound, outbound, socks5. The first are the processes' own; what follows are sockets that
+    were given, of processes which there are not any more, and process k % n of n accepts from share k as well."""
+    shared: frozenset[str]
+    """Purposes of which several processes accept from one socket."""
+
+
+def open_listeners(calls: SocketCalls, config: Config, shares: int = 1, given: Given | None = None) -> Listeners:
+    """Every listening socket of the data path.
 
     Args:
         calls: the socket calls.
         config: says where.
         shares: processes that accept. With more than one each has sockets of its own on the same addresses, and the
             kernel deals connections out to them by their four numbers; but those of `SHARED` are one for all.
-
-    Returns:
-        Whether applications see the client's own address, and the sockets of each share.
+        given: sockets to be used instead of new ones.
 
     Raises:
         ConfigurationError: an address cannot be had, or ENABLE_ORIG_SRC was asked for and does not work.
@@ -184,30 +200,33 @@ def open_listeners(
     if config.socks5_enabled:
         ports.append(("socks5", (loopback, config.socks5_port), False))
     found: list[dict[str, socket.SocketType]] = [{} for _ in range(shares)]
+    shared = set(SHARED)
     try:
         for what, address, keepalive in ports:
-            where = address
-            for number, share in enumerate(found):
-                sock = share[what] = bind(
-                    calls,
-                    where,
-                    what,
-                    transparent=transparent,
-                    keepalive=keepalive,
-                    shared=shares > 1 and what not in SHARED,
-                    first=not number,
-                )
-                if what in SHARED:
-                    for other in found:
-                        other[what] = sock
-                    break
+            had = [
+                calls.adopt(sock, transparent=transparent, keepalive=keepalive)
+                for sock in (given.take(what, address) if given is not None else ())
+            ]
+            found += [{} for _ in range(len(had) - len(found))]
+            for share, sock in zip(found, had, strict=False):
+                share[what] = sock
+            if had and shares > len(had) and not shares_port(had[0]):
+                shared.add(what)  # no other can be bound beside it
+            make = functools.partial(bind, calls, what=what, transparent=transparent, keepalive=keepalive)
+            where = calls.local_address(had[0]) if had else address
+            for number in range(len(had), shares):
+                if what in shared and number:
+                    found[number][what] = found[0][what]
+                    continue
+                sock = make(where, shared=shares > 1 and what not in shared, first=not number)
+                found[number][what] = sock
                 where = calls.local_address(sock)  # of port 0 the one that was given
     except BaseException:
         for share in found:
             for sock in share.values():
                 sock.close()
         raise
-    return transparent, found
+    return Listeners(transparent=transparent, shares=found, shared=frozenset(shared))
 
 
 def bind(

@@ -157,6 +157,31 @@ class SocketCalls:
             raise
         return sock
 
+    def adopt(self, sock: socket.socket, *, transparent: bool = False, keepalive: bool = True) -> socket.SocketType:
+        """A listening socket that somebody else made, with the options that `listen` gives; `sock` is detached.
+
+        Args:
+            sock: listening.
+            transparent: take connections to any address.
+            keepalive: connections are probed as the options say.
+
+        Raises:
+            OSError: `transparent` is not permitted.
+        """
+        adopted = socket.SocketType(sock.family, sock.type, 0, sock.detach())
+        try:
+            adopted.setblocking(False)
+            if transparent:
+                adopted.setsockopt(socket.SOL_IP, _IP_TRANSPARENT, 1)
+            (self.options if keepalive else attrs.evolve(self.options, keepalive=False, user_timeout=False)).apply(
+                adopted
+            )
+            adopted.listen(_LISTEN_BACKLOG)
+        except BaseException:
+            adopted.close()
+            raise
+        return adopted
+
     def check_free(self, address: Address) -> None:
         """See that nobody listens on `address`, which `listen` would not tell of a socket that is shared.
 

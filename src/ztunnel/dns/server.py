@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from ztunnel.config import Config
+    from ztunnel.given import Given
     from ztunnel.mesh.address import Address, IpAddress
     from ztunnel.mesh.store import Store
     from ztunnel.mesh.workload import Workload
@@ -64,6 +65,7 @@ __all__ = ["Client", "DnsProxy", "loopback_hosts", "make_proxy"]
 MAX_CONNECTIONS: Final = 256
 WAIT_SECONDS: Final = 5.0
 DRAIN_SECONDS: Final = 1.0
+_DRAIN_STEP: Final = 0.01  # seconds between two looks whether all is done
 _BATCH: Final = 8  # datagrams a turn, and
 _TURNS: Final = 4  # messages of all connections a turn: Trio runs what is runnable before bytes move again
 _REST_SECONDS: Final = 0.2
@@ -176,6 +178,8 @@ class DnsProxy:
         self._known = trio.Event()
         self._listening = trio.CancelScope()
         self._stopped: trio.Event | None = None
+        self._draining = trio.Event()
+        self._released = False
         self._pending = Pending()
         self._connections: OrderedDict[Connection, None] = OrderedDict()
         self._warned = float("-inf")
@@ -184,15 +188,19 @@ class DnsProxy:
 
     # life
 
-    def bind(self) -> None:
+    def bind(self, given: Given | None = None) -> None:
         """Listen; questions wait in the kernel before `run`.
+
+        Args:
+            given: sockets to be used instead of new ones.
 
         Raises:
             ConfigurationError: an address cannot be had.
         """
         try:
             for address in self._wanted:
-                self._bind(address)
+                if given is None or not self._adopt(given, address):
+                    self._bind(address)
         except OSError as error:
             self.close()
             reason = (error.strerror or str(error)).lower()
@@ -204,6 +212,31 @@ class DnsProxy:
             why = self._resolvers.error or "it names nobody but this proxy"
             log.warning("names outside the mesh cannot be resolved", error=why)
 
+    def _adopt(self, given: Given, address: Address) -> bool:
+        """Use what was given for `address`: one for datagrams and one for connections, or none."""
+        datagrams = given.take("dns", address, socket.SOCK_DGRAM)
+        listeners = given.take("dns", address, socket.SOCK_STREAM)
+        self._datagram_sockets += datagrams
+        self._listeners += listeners
+        if not datagrams and not listeners:
+            return False
+        if not (datagrams and listeners):
+            raise ConfigurationError(
+                f"of the DNS proxy's sockets on {address_text(address)} only one was given; give one for UDP"
+                " (ListenDatagram=) and one for TCP (ListenStream=)"
+            )
+        for sock in (*datagrams, *listeners):
+            sock.setblocking(False)
+        if address[0].is_unspecified:
+            for sock in datagrams:
+                _tell_destinations(sock, address[0])
+        self.addresses.append((address[0], listeners[0].getsockname()[1]))
+        return True
+
+    def sockets(self) -> list[tuple[str, socket.socket]]:
+        """What it listens on, all under the name `dns`."""
+        return [("dns", sock) for sock in (*self._datagram_sockets, *self._listeners)]
+
     def _bind(self, address: Address) -> None:
         ip, port = address
         host = str(ip)
@@ -212,10 +245,7 @@ class DnsProxy:
             datagrams = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
             self._datagram_sockets.append(datagrams)
             if ip.is_unspecified:  # the reply has to come from where the question went
-                if ip.version == 4:
-                    datagrams.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-                else:
-                    datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+                _tell_destinations(datagrams, ip)
             datagrams.bind((host, port))
             bound = datagrams.getsockname()[1]
             listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -246,6 +276,8 @@ class DnsProxy:
                         for sock in self._listeners:
                             listening.start_soon(self._accept, sock, work)
                         task_status.started()
+                if self._released:
+                    await self._finish()
                 for connection in self._connections:
                     connection.reading.cancel()
                 work.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
@@ -257,8 +289,22 @@ class DnsProxy:
         """The mesh is known: answer by it."""
         self._known.set()
 
+    def release(self) -> None:
+        """Leave what waits, and what comes, to the process that has the sockets as well; `drain` comes next."""
+        self._released = True
+        self._listening.cancel()
+
+    async def _finish(self) -> None:
+        """Close the listeners, and let connections be, until the drain and then for a second."""
+        self.close()
+        await self._draining.wait()
+        with trio.move_on_after(DRAIN_SECONDS):
+            while self._connections:  # noqa: ASYNC110 - this is the end, and lasts a second
+                await trio.sleep(_DRAIN_STEP)
+
     async def drain(self) -> None:
         """Take no further questions, and answer those that were asked, for a second."""
+        self._draining.set()
         self._listening.cancel()
         if self._stopped is not None:
             await self._stopped.wait()
@@ -468,6 +514,13 @@ class DnsProxy:
                 await connection.send(failure(query, dns.rcode.SERVFAIL))
         finally:
             connection.slots.release()
+
+
+def _tell_destinations(sock: socket.socket, ip: IpAddress) -> None:
+    if ip.version == 4:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
 
 
 def _protocol(datagram: bool) -> str:

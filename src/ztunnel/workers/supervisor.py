@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from hbone.identity import Identity
     from ztunnel.config import Config
+    from ztunnel.given import Given
     from ztunnel.membership import Membership
     from ztunnel.metrics import Metrics
     from ztunnel.profiler import Stacks
@@ -90,6 +91,7 @@ class Supervisor:
         self._mesh = mesh
         self._places = [_Place(number) for number in range(count)]
         self._sockets: list[dict[str, socket.SocketType]] = []
+        self._shared: frozenset[str] = frozenset()
         self._listening: dict[str, str] = {}
         self._starter: Starter | None = None
         self._lock = -1
@@ -106,10 +108,13 @@ class Supervisor:
 
     # life
 
-    def bind(self) -> None:
+    def bind(self, given: Given | None = None) -> None:
         """Listen; nothing is accepted before `start`.
 
         The sockets stay open here, so what waits on them outlives a worker.
+
+        Args:
+            given: sockets to be used instead of new ones.
 
         Raises:
             ConfigurationError: an address cannot be had, or the kernel cannot do what workers need.
@@ -117,7 +122,8 @@ class Supervisor:
         adopt_orphans()
         config = self.config
         calls = SocketCalls(options_of(config))
-        self.transparent, self._sockets = open_listeners(calls, config, len(self._places))
+        listeners = open_listeners(calls, config, len(self._places), given)
+        self.transparent, self._sockets, self._shared = listeners.transparent, listeners.shares, listeners.shared
         self._listening = {what: address_text(calls.local_address(sock)) for what, sock in self._sockets[0].items()}
         self._lock = os.memfd_create("ztunnel-output", os.MFD_CLOEXEC)
         logs.share_output(self._lock)
@@ -141,6 +147,8 @@ class Supervisor:
             config=own,
             transparent=self.transparent,
             listeners=tuple({what: sock.fileno() for what, sock in share.items()} for share in self._sockets),
+            shared=self._shared,
+            workers=len(self._places),
             log_format=logs.current_format(),
             output_lock=self._lock,
         )
@@ -172,6 +180,18 @@ class Supervisor:
                 self._let_accept(place.link)
         for place in self._places:
             await place.serving.wait()
+
+    def sockets(self) -> list[tuple[str, socket.SocketType]]:
+        """What is listened on, with the purposes; each socket once."""
+        found = {sock.fileno(): (what, sock) for share in self._sockets for what, sock in share.items()}
+        return list(found.values())
+
+    def release(self) -> None:
+        """Have none of them accept further: another process has the sockets."""
+        self._stopping.set()
+        for link in self._links():
+            link.send(Kind.RELEASE)
+        self._stop_listening()
 
     async def drain(self) -> None:
         """Have all of them drain, and wait until they ended, a little longer than the deadline at most."""

@@ -63,6 +63,8 @@ class Kind(enum.IntEnum):
     """All revocation lists, as `pack_lists` gives them."""
     TRACE = 12
     """Trace allocations, if there is a body."""
+    RELEASE = 13
+    """Accept nothing further, and leave what waits: the sockets are another daemon's now."""
 
     DONE = 20
     """Of a worker: the message of this number is in force."""

@@ -21,7 +21,6 @@ from ztunnel.control.apply import apply
 from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import FETCH_TIMEOUT, NoCertificate
 from ztunnel.dataplane import Dataplane, Reactor
-from ztunnel.dataplane.listener import SHARED
 from ztunnel.jsonstream import Rows
 from ztunnel.logs import AccessLog
 from ztunnel.mesh import Store
@@ -53,7 +52,11 @@ class Setup:
     """Without secrets."""
     transparent: bool
     listeners: tuple[dict[str, int], ...]
-    """Descriptors by purpose, of each worker; those of `SHARED` are the same for all."""
+    """Descriptors by purpose, of each worker, and then what was given beyond them: share k belongs to worker k % n."""
+    shared: frozenset[str]
+    """The purposes whose descriptors are the same for all."""
+    workers: int
+    """How many there are."""
     log_format: str
     output_lock: int
     """Descriptor of the file that is locked while lines are written."""
@@ -156,16 +159,18 @@ class Worker:
         self._work, self._changes = trio.open_memory_channel[Message](float("inf"))  # the parent waits for each
         self._asked, self._questions = trio.open_memory_channel[Message](float("inf"))  # the parent waits for each
         self._drain = trio.Event()
+        self._released = False
+        self._others: list[dict[str, socket.SocketType]] = []
         self.store.subscribe(self._on_change)
 
     async def run(self) -> None:
         """Serve until told to drain, or until the parent is gone."""
         sockets = [
-            _adopt({what: fd for what, fd in share.items() if number == self.number or what not in SHARED})
+            _adopt({what: fd for what, fd in share.items() if number == self.number or what not in self.setup.shared})
             for number, share in enumerate(self.setup.listeners)
         ]
         self._others = sockets
-        self.dataplane.adopt(sockets[self.number], transparent=self.setup.transparent, shared=SHARED)
+        self.dataplane.adopt(sockets[self.number], transparent=self.setup.transparent, shared=self.setup.shared)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read)
@@ -173,9 +178,10 @@ class Worker:
                 nursery.start_soon(self._change)
                 nursery.start_soon(self._answer)
                 await self._drain.wait()
-                for number, theirs in enumerate(sockets):
-                    if number != self.number:
-                        self.dataplane.cover(number, theirs)  # what waits for one that is away is taken as well
+                if not self._released:
+                    for number, theirs in enumerate(sockets):
+                        if number != self.number:
+                            self.dataplane.cover(number, theirs)  # what waits for one that is away is taken as well
                 await self.dataplane.drain()
                 self.dataplane.close()
                 self._account()
@@ -206,16 +212,25 @@ class Worker:
         elif kind is Kind.NO_IDENTITY:
             self.identity.refused(body.decode())
         elif kind is Kind.COVER:
-            other = int(body)
-            self.dataplane.cover(other, self._others[other])
+            if not self._released:
+                for share in self._shares_of(int(body)):
+                    self.dataplane.cover(share, self._others[share])
         elif kind is Kind.UNCOVER:
-            self.dataplane.uncover(int(body))
+            for share in self._shares_of(int(body)):
+                self.dataplane.uncover(share)
+        elif kind is Kind.RELEASE:
+            self._released = True
+            self.dataplane.release()
         elif kind is Kind.LEVEL:
             logs.set_level(body.decode())
         elif kind is Kind.TRACE:
             heap.trace(bool(body))
         elif kind is Kind.DRAIN:
             self._drain.set()
+
+    def _shares_of(self, number: int) -> range:
+        """Which sockets are a worker's, its own first."""
+        return range(number, len(self._others), self.setup.workers)
 
     async def _change(self) -> None:
         async for message in self._changes:
@@ -230,8 +245,10 @@ class Worker:
             elif kind is Kind.REVOCATIONS:
                 await self.revocations.received_all(message.body)
                 await self._recalled()
-            elif kind is Kind.ACCEPT and not self._drain.is_set():
+            elif kind is Kind.ACCEPT and not (self._released or self._drain.is_set()):
                 self.dataplane.start()
+                for share in self._shares_of(self.number)[1:]:
+                    self.dataplane.cover(share, self._others[share])
             log.debug("change in force", worker=self.number, what=kind.name.lower(), bytes=len(message.body))
             self._send(Message(Kind.DONE, message.number))
 
