@@ -16,6 +16,7 @@ from miniistiod.resources.model import (
     Action,
     AuthorizationPolicy,
     Gateway,
+    GatewayClass,
     KubernetesService,
     Match,
     Route,
@@ -60,7 +61,7 @@ def conditions_of(registry: Registry, item: Resource) -> list[Condition]:
     if not isinstance(item, ServiceEntry | KubernetesService):
         return []
     visibility = registry.visibility(item)
-    binding = _bind(registry, item, item.meta.labels, Traffic.SERVICE, public=visibility is Visibility.PUBLIC)
+    binding = _bind_service(registry, item)
     found = _some(binding.condition)
     if isinstance(item, ServiceEntry):
         if binding.primary is None and any(host.startswith("*") for host in item.hosts):
@@ -77,6 +78,11 @@ def _bind(
 ) -> Binding:
     meta = item.meta
     return bind(meta.namespace, labels, meta.annotations, traffic, registry.documents, public=public)
+
+
+def _bind_service(registry: Registry, item: ServiceEntry | KubernetesService) -> Binding:
+    public = registry.visibility(item) is Visibility.PUBLIC
+    return _bind(registry, item, item.meta.labels, Traffic.SERVICE, public=public)
 
 
 def _waypoint_missing(reason: str, text: str) -> Condition:
@@ -119,16 +125,22 @@ def _accepted(registry: Registry, target: Target, policy: AuthorizationPolicy | 
     if (target.kind, target.group) == ("GatewayClass", GATEWAY_GROUP):
         if policy is None or policy.meta.namespace != registry.mesh.root_namespace:
             return Condition(_WAYPOINT, False, "Invalid", f"{place}: only for policies of the root namespace")
-        if target.name != MESH_CONTROLLER_CLASS:
-            return Condition(_WAYPOINT, False, "TargetNotFound", f"{place} is not a class of waypoints")
+        known = registry.documents.get(("GatewayClass", "", target.name))
+        controller = known.controller if isinstance(known, GatewayClass) else ""
+        if (controller or _CONTROLLERS.get(target.name)) != MESH_CONTROLLER:
+            reason = "TargetNotFound" if known is None else "Invalid"
+            return Condition(_WAYPOINT, False, reason, f"{place} is not a class of waypoints")
     elif (target.kind, target.group) == ("Gateway", GATEWAY_GROUP):
         if not isinstance(found, Gateway) or not found.addresses:
             return Condition(_WAYPOINT, False, "TargetNotFound", f"{place} is not a waypoint")
     elif not isinstance(found, ServiceEntry | KubernetesService):
         return Condition(_WAYPOINT, False, "TargetNotFound", f"there is no {place}")
-    elif _bind(registry, found, found.meta.labels, Traffic.SERVICE).primary is None:
+    elif _bind_service(registry, found).primary is None:
         return Condition(_WAYPOINT, False, "AncestorNotBound", f"{place} has no waypoint")
     return Condition(_WAYPOINT, True, "Accepted", f"bound to {place}")
 
 
 _WAYPOINT = "WaypointAccepted"
+MESH_CONTROLLER = "istio.io/mesh-controller"
+_CONTROLLERS = {MESH_CONTROLLER_CLASS: MESH_CONTROLLER}
+"""Of classes that are there without a document."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from miniistiod import conditions, services
 from miniistiod.resources.binding import WAYPOINT_BOUND
 from miniistiod.resources.findings import Finding, Severity
-from miniistiod.resources.model import AuthorizationPolicy, WorkloadEntry
+from miniistiod.resources.model import AuthorizationPolicy, EndpointSlice, KubernetesService, WorkloadEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,13 @@ __all__ = ["findings"]
 def findings(registry: Registry, trust_domain: str | None) -> list[Finding]:
     """Everything that is wrong between documents; principals are looked at when the mesh's trust domain is known."""
     principals = () if trust_domain is None else _foreign_principals(registry, trust_domain)
-    return [*_lost_hosts(registry), *_shared_addresses(registry), *_waypoints(registry), *principals]
+    return [
+        *_lost_hosts(registry),
+        *_shared_addresses(registry),
+        *_unused_slices(registry),
+        *_waypoints(registry),
+        *principals,
+    ]
 
 
 def _warning(meta: Metadata, what: str, fix: str) -> Finding:
@@ -69,6 +75,19 @@ def _shared_addresses(registry: Registry) -> Iterator[Finding]:
                     f"{model.source.meta.kind} {model.name} has the address {vip} of {other.namespace}/{other.name}",
                     "give each service its own",
                 )
+
+
+def _unused_slices(registry: Registry) -> Iterator[Finding]:
+    for item in registry.documents.values():
+        if not isinstance(item, EndpointSlice):
+            continue
+        found = registry.documents.get(("Service", item.meta.namespace, item.service))
+        title = f"EndpointSlice {item.meta.namespace}/{item.meta.name}"
+        if not isinstance(found, KubernetesService):
+            yield _warning(item.meta, f"{title} is of the Service {item.service}, which is not there", "add it")
+        elif found.selector:
+            what = f"{title} is not used: its Service {item.service} has a selector"
+            yield _warning(item.meta, what, "remove the Service's selector, or the slice")
 
 
 def _waypoints(registry: Registry) -> Iterator[Finding]:

@@ -331,11 +331,7 @@ class Registry:
         if isinstance(item, KubernetesService):
             return Visibility.PUBLIC
         home = self.namespace(item.meta.namespace)
-        known = {"kubernetes.io/metadata.name": item.meta.namespace, **(home.labels if home is not None else {})}
-        for rule in self.mesh.visibility:
-            if rule.selector.matches(known):
-                return rule.visibility
-        return self.mesh.default_visibility
+        return self.mesh.visibility_of(item.meta.namespace, home.labels if home is not None else {})
 
     def _rank(self, item: ServiceEntry | KubernetesService) -> tuple[bool, datetime.datetime, str, int]:
         return (isinstance(item, ServiceEntry), *self._age(item))

@@ -13,7 +13,7 @@ from ztunnel.wire import authorization_pb2, workload_pb2
 if TYPE_CHECKING:
     from miniistiod.resources.binding import Key
 
-__all__ = ["Mesh", "document", "entry", "policy", "service", "service_entry", "waypoint"]
+__all__ = ["Mesh", "document", "entry", "policy", "read", "service", "service_entry", "waypoint"]
 
 _VERSIONS = {
     **dict.fromkeys(("WorkloadEntry", "ServiceEntry", "WorkloadGroup"), "networking.istio.io/v1"),
@@ -71,21 +71,21 @@ def policy(name: str = "p", *, spec: Any = None, **fields: Any) -> str:
     return document("AuthorizationPolicy", name, {"rules": [{}]} if spec is None else spec, **fields)
 
 
-def read(*texts: str, config: Any = None) -> ResourceSet:
-    """Documents that are right."""
+def read(*texts: str, config: Any = None, refused: bool = False) -> ResourceSet:
+    """Documents that are right, unless they are to be converted though they are refused."""
     files = {f"{number:03}.yaml": text for number, text in enumerate(texts)}
     if config is not None:
         files["meshconfig.yaml"] = json.dumps(config)
     found = load(files)
-    assert not found.errors, [str(error) for error in found.errors]
+    assert refused or not found.errors, [str(error) for error in found.errors]
     return found
 
 
 class Mesh:
     """What documents become, and what each later change of them changes."""
 
-    def __init__(self, *texts: str, config: Any = None, **inputs: Any) -> None:
-        resources = read(*texts, config=config)
+    def __init__(self, *texts: str, config: Any = None, refused: bool = False, **inputs: Any) -> None:
+        resources = read(*texts, config=config, refused=refused)
         wanted, given = services.vip_needs(resources.resources)
         inputs.setdefault("vips", vips.allot({}, wanted, given))
         self.registry = Registry.of(resources, Inputs(**inputs))

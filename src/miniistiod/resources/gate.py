@@ -15,11 +15,13 @@ from miniistiod.resources.model import (
     AuthorizationPolicy,
     Gateway,
     KubernetesService,
+    MeshConfig,
     PeerAuthentication,
     Resource,
     Route,
     ServiceEntry,
     Target,
+    Visibility,
 )
 
 if TYPE_CHECKING:
@@ -45,23 +47,23 @@ def concerns(resource: Resource) -> bool:
     )
 
 
-def findings(watched: Iterable[Resource], documents: Mapping[Key, Resource], root_namespace: str) -> list[Finding]:
+def findings(watched: Iterable[Resource], documents: Mapping[Key, Resource], mesh: MeshConfig) -> list[Finding]:
     """Everything that is wrong between documents.
 
     Args:
         watched: those of which `concerns` is true.
         documents: all of them.
-        root_namespace: where policies are the whole mesh's.
+        mesh: the settings of all.
     """
     found: list[Finding] = []
     for item in watched:
         if isinstance(item, PeerAuthentication):
-            if item.meta.namespace == root_namespace:
-                found.append(_root_selector(item, root_namespace))
+            if item.meta.namespace == mesh.root_namespace:
+                found.append(_root_selector(item, mesh.root_namespace))
         elif isinstance(item, AuthorizationPolicy):
-            found.extend(_bound(item, item.targets, documents))
+            found.extend(_bound(item, item.targets, documents, mesh))
         elif isinstance(item, Route):
-            found.extend(_bound(item, item.parents, documents))
+            found.extend(_bound(item, item.parents, documents, mesh))
     return found
 
 
@@ -75,11 +77,13 @@ def _root_selector(item: PeerAuthentication, root_namespace: str) -> Finding:
     )
 
 
-def _bound(item: Resource, targets: Iterable[Target], documents: Mapping[Key, Resource]) -> Iterator[Finding]:
+def _bound(
+    item: Resource, targets: Iterable[Target], documents: Mapping[Key, Resource], mesh: MeshConfig
+) -> Iterator[Finding]:
     title = f"{item.meta.kind} {item.meta.namespace}/{item.meta.name}"
     for target in targets:
         where = f"{target.kind} {target.namespace}/{target.name}"
-        gateways, what, fix = _gateways(item, target, documents)
+        gateways, what, fix = _gateways(item, target, documents, mesh)
         for gateway in gateways:
             name = f"{gateway.meta.namespace}/{gateway.meta.name}"
             who = gateway.meta.annotations.get(PROGRAMMED_BY)
@@ -101,7 +105,9 @@ def _bound(item: Resource, targets: Iterable[Target], documents: Mapping[Key, Re
             yield Finding(item.meta.path, target.line, Severity.ERROR, f"{title} is bound to {where}: {what}", fix)
 
 
-def _gateways(item: Resource, target: Target, documents: Mapping[Key, Resource]) -> tuple[list[Gateway], str, str]:
+def _gateways(
+    item: Resource, target: Target, documents: Mapping[Key, Resource], mesh: MeshConfig
+) -> tuple[list[Gateway], str, str]:
     """The waypoints that must enforce something; else what is wrong, and how to mend it."""
     policy = isinstance(item, AuthorizationPolicy)
     if policy and target.namespace != item.meta.namespace:
@@ -119,7 +125,10 @@ def _gateways(item: Resource, target: Target, documents: Mapping[Key, Resource])
     if not isinstance(service, KubernetesService | ServiceEntry):
         return [], f"there is no such {name}", "correct the name, or add it"
     meta = service.meta
-    binding = bind(meta.namespace, meta.labels, meta.annotations, Traffic.SERVICE, documents)
+    home = documents.get(("Namespace", "", meta.namespace))
+    seen = mesh.visibility_of(meta.namespace, home.meta.labels if home is not None else {})
+    public = isinstance(service, KubernetesService) or seen is Visibility.PUBLIC
+    binding = bind(meta.namespace, meta.labels, meta.annotations, Traffic.SERVICE, documents, public=public)
     if binding.primary is None:
         reason = f" ({binding.condition.text})" if binding.condition is not None else ""
         return [], f"it has no waypoint{reason}", "label it istio.io/use-waypoint: NAME of a waypoint that admits it"

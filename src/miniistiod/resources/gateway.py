@@ -115,10 +115,16 @@ def _listener(reader: Reader) -> Listener | None:
 
 
 def gateway_class(reader: Reader, meta: Metadata) -> GatewayClass:
-    """A class: only its labels and annotations count."""
-    reader.ignore("spec", "status")
+    """A class: only its labels and annotations count, and whose it is."""
+    reader.ignore("status")
     _check_words(reader, meta)
-    return GatewayClass(meta=meta)
+    controller = ""
+    spec = reader.mapping("spec")
+    if spec is not None:
+        controller = spec.text("controllerName") or ""
+        spec.ignore("description", "parametersRef")
+        spec.finish()
+    return GatewayClass(meta=meta, controller=controller)
 
 
 def route(reader: Reader, meta: Metadata) -> Route:

@@ -51,6 +51,7 @@ def service(reader: Reader, meta: Metadata) -> KubernetesService | None:
         name, app = item.text("name") or "", item.text("appProtocol")
         transport = item.choice("protocol", {"TCP", "UDP", "SCTP"}) or "TCP"
         target = _target_port(item)
+        item.ignore("nodePort")
         item.finish()
         if number is None:
             continue
@@ -63,6 +64,7 @@ def service(reader: Reader, meta: Metadata) -> KubernetesService | None:
     addresses: list[IpAddress] = []
     single = spec.text("clusterIP")
     spec.ignore("loadBalancerIP", "externalTrafficPolicy", "allocateLoadBalancerNodePorts", "loadBalancerClass")
+    spec.ignore("healthCheckNodePort")
     for text in dict.fromkeys(([single] if single else []) + list(spec.texts("clusterIPs", str) or ())):
         if text in ("None", ""):
             continue

@@ -246,7 +246,7 @@ class Loader:
                 found.append(Finding(other.meta.path, other.meta.line, Severity.ERROR, text, "keep one of them"))
         if len(self.documents) > MAX_DOCUMENTS:
             found.append(Finding("", 0, Severity.ERROR, f"more than {MAX_DOCUMENTS} documents", "split the mesh"))
-        return found + gate.findings(self._watched.values(), self.documents, self.mesh.root_namespace)
+        return found + gate.findings(self._watched.values(), self.documents, self.mesh)
 
     def errors(self) -> list[Finding]:
         """Findings for which the documents must not be used. Does not look at files that are right."""
@@ -254,7 +254,7 @@ class Loader:
             found = self.findings()
         else:
             found = [item for _, noted in self._configs.values() for item in noted]
-            found += gate.findings(self._watched.values(), self.documents, self.mesh.root_namespace)
+            found += gate.findings(self._watched.values(), self.documents, self.mesh)
         return [item for item in found if item.severity is Severity.ERROR]
 
     def delta(self) -> Delta:

@@ -262,6 +262,9 @@ class Gateway(Resource):
 class GatewayClass(Resource):
     """Labels and annotations that Gateways of the class inherit."""
 
+    controller: str = ""
+    """Who makes Gateways of the class work."""
+
 
 @attrs.frozen(kw_only=True)
 class Target:
@@ -396,3 +399,11 @@ class MeshConfig:
     default_visibility: Visibility = Visibility.PUBLIC
     visibility: tuple[VisibilityRule, ...] = ()
     """The first that matches wins."""
+
+    def visibility_of(self, namespace: str, labels: Mapping[str, str]) -> Visibility:
+        """Who sees the ServiceEntries of a namespace with these labels."""
+        known = {"kubernetes.io/metadata.name": namespace, **labels}
+        for rule in self.visibility:
+            if rule.selector.matches(known):
+                return rule.visibility
+        return self.default_visibility
