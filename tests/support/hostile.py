@@ -10,16 +10,14 @@ import contextlib
 import hashlib
 import itertools
 import os
-import queue
 import socket
 import struct
-import threading
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
-from cryptography.hazmat.primitives.asymmetric import ec
 from OpenSSL import SSL
+from tests.support.background import background, mesh_ca
 from tests.support.shop import ECHO, descriptors
 from tests.support.tls import RawClient, raw_context
 
@@ -28,15 +26,16 @@ from hbone.engine.frames import FrameType
 from hbone.errors import ErrorCode
 from hbone.identity import Identity, SpiffeId, StaticSource
 from hbone.testing import frames
-from hbone.testing.ca import TestCa
 from hbone.testing.mesh import Mesh, Ztunnel, mesh
-from miniistiod.store import Store
 from ztunnel.control.ca import CaClient
 from ztunnel.control.transport import RootSource, ServerAddress, TokenSource, grpc_dialer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable
+    from contextlib import AbstractContextManager
     from pathlib import Path
+
+    from hbone.testing.ca import TestCa
 
 __all__ = ["SILENT", "Application", "HostilePeer", "Neighbour", "Siege", "exchange", "is_closed", "rss", "siege"]
 
@@ -143,14 +142,7 @@ class Siege:
 
     def ca(self) -> TestCa:
         """The mesh's own root, key and all, so that a test can sign what the control plane never would."""
-        with Store.open(self.mesh.directory / "state") as store:
-            signer = store.signer()
-        found = TestCa("cluster.local")
-        assert isinstance(signer.key, ec.EllipticCurvePrivateKey)
-        found.key = signer.key
-        found.certificate = found.root = signer.certificate
-        found.subject = signer.certificate.subject
-        return found
+        return mesh_ca(self.mesh)
 
     async def peer(self, identity: Identity | None = None, **options: Any) -> HostilePeer:
         """A hostile peer with TLS done."""
@@ -465,60 +457,36 @@ async def _certificate(running: Mesh, account: str, directory: Path) -> Identity
     return await client.create(SpiffeId.istio("cluster.local", "shop", account), None)
 
 
-@contextlib.contextmanager
-def siege(directory: Path) -> Iterator[Siege]:
-    """Run a mesh of two hosts for the body, in a thread."""
-    answer: queue.Queue[Siege | BaseException] = queue.Queue()
-    stop = trio.Event()
-    token: list[trio.lowlevel.TrioToken] = []
-
-    async def main() -> None:
-        token.append(trio.lowlevel.current_trio_token())
-        number = next(_networks)
-        started = mesh(
-            directory,
-            ["alpha", "beta", "gamma"],
-            namespaces=False,
-            documents={"shop": WORKLOADS},
-            loopback=f"127.{os.getpid() % 200 + 20}.{number}",
+@contextlib.asynccontextmanager
+async def _besieged(directory: Path) -> AsyncIterator[Siege]:
+    started = mesh(
+        directory,
+        ["alpha", "beta", "gamma"],
+        namespaces=False,
+        documents={"shop": WORKLOADS},
+        loopback=f"127.{os.getpid() % 200 + 20}.{next(_networks)}",
+    )
+    application = Application()
+    async with started as running, trio.open_nursery() as nursery:
+        for port in (ECHO, SILENT, TALKS):
+            listener = await running.hosts["beta"].listen(port)
+            nursery.start_soon(trio.serve_listeners, application.serve, [listener])
+        async with trio.open_nursery() as starting:
+            for host, name in (("alpha", "client"), ("beta", "orders")):
+                starting.start_soon(running.add_ztunnel, host, ("shop", name, name))
+        yield Siege(
+            running,
+            application,
+            running.hosts["beta"].address,
+            running.hosts["alpha"].address,
+            running.server,
+            running.hosts["gamma"].address,
+            await _certificate(running, "client", directory),
+            await _certificate(running, "mallory", directory),
         )
-        application = Application()
-        async with started as running, trio.open_nursery() as nursery:
-            for port in (ECHO, SILENT, TALKS):
-                listener = await running.hosts["beta"].listen(port)
-                nursery.start_soon(trio.serve_listeners, application.serve, [listener])
-            async with trio.open_nursery() as starting:
-                for host, name in (("alpha", "client"), ("beta", "orders")):
-                    starting.start_soon(running.add_ztunnel, host, ("shop", name, name))
-            answer.put(
-                Siege(
-                    running,
-                    application,
-                    running.hosts["beta"].address,
-                    running.hosts["alpha"].address,
-                    running.server,
-                    running.hosts["gamma"].address,
-                    await _certificate(running, "client", directory),
-                    await _certificate(running, "mallory", directory),
-                )
-            )
-            await stop.wait()
-            nursery.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
 
-    def run() -> None:
-        try:
-            trio.run(main)
-        except BaseException as error:
-            answer.put(error)
 
-    thread = threading.Thread(target=run, name="siege")
-    thread.start()
-    try:
-        found = answer.get(timeout=90)
-        if isinstance(found, BaseException):
-            raise found
-        yield found
-    finally:
-        with contextlib.suppress(trio.RunFinishedError, IndexError):
-            token[0].run_sync_soon(stop.set)
-        thread.join()
+def siege(directory: Path) -> AbstractContextManager[Siege]:
+    """Run a mesh of two hosts for the body, in a thread."""
+    return background(lambda: _besieged(directory))

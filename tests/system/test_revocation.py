@@ -8,8 +8,9 @@ import pytest
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from tests.support.shop import ECHO, echo, shop, until
+from tests.support.shop import ECHO, NAMESPACES, echo, shop, until
 
+from hbone.testing.hosts import namespace_obstacle
 from miniistiod import ca
 from miniistiod.store import Store
 
@@ -30,7 +31,7 @@ async def _open(running: Mesh) -> trio.SocketStream:
 
 async def _ends(stream: trio.SocketStream) -> bool:
     ended = False
-    with trio.move_on_after(15):
+    with trio.move_on_after(30):
         try:
             ended = not await stream.receive_some()
         except trio.BrokenResourceError:
@@ -43,9 +44,21 @@ def _certificate(running: Mesh, host: str) -> x509.Certificate:
     return x509.load_pem_x509_certificates((running.directory / f"{host}-state" / "svid.pem").read_bytes())[0]
 
 
-async def _rejections(running: Mesh, host: str) -> float:
+def _list(running: Mesh, host: str, path: Path) -> None:
+    """Put a list that names the certificate of `host` where CRL_PATH points."""
+    leaf = _certificate(running, host)
+    with Store.open(running.directory / "state") as store:
+        begin = leaf.not_valid_before_utc
+        found = ca.make_crl(store.signer(), [(leaf.serial_number, begin.timestamp())], number=99, now=begin)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(found.public_bytes(serialization.Encoding.PEM))
+    temporary.rename(path)
+
+
+async def _rejections(running: Mesh, host: str, reporter: str = "") -> float:
     samples = await running.ztunnels[host].metrics()
-    return sum(value for name, value in samples.items() if name.startswith("istio_crl_policy_rejections_total"))
+    family = [(name, value) for name, value in samples.items() if name.startswith("istio_crl_policy_rejections_total")]
+    return sum(value for name, value in family if f'reporter="{reporter}' in name)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -72,12 +85,30 @@ async def test_a_file_of_lists_cuts_a_live_connection_when_it_changes(tmp_path: 
         await running.ztunnels["beta"].until_logged(message="revocation lists are missing", path=str(path))
         assert await until(lambda: (tmp_path / "alpha-state" / "svid.pem").exists())
         stream = await _open(running)
-        leaf = _certificate(running, "alpha")
-        with Store.open(tmp_path / "state") as store:
-            begin = leaf.not_valid_before_utc
-            found = ca.make_crl(store.signer(), [(leaf.serial_number, begin.timestamp())], number=99, now=begin)
-        (tmp_path / "lists.tmp").write_bytes(found.public_bytes(serialization.Encoding.PEM))
-        (tmp_path / "lists.tmp").rename(path)
+        _list(running, "alpha", path)
         assert await _ends(stream)
         await running.ztunnels["beta"].until_logged(error=REVOKED)
         assert await echo(running) == b""
+
+
+@pytest.mark.netns
+@pytest.mark.skipif(not NAMESPACES, reason=f"no network namespaces here: {namespace_obstacle()}")
+@pytest.mark.parametrize(
+    ("revoked", "judge", "reporter"), [("alpha", "beta", "destination"), ("beta", "alpha", "source")]
+)
+async def test_captured_connections_end_and_new_ones_are_refused_by_either_side(
+    tmp_path: Path, revoked: str, judge: str, reporter: str
+) -> None:
+    path = tmp_path / "lists.pem"
+    async with shop(tmp_path, namespaces=True, environment={"CRL_PATH": str(path)}) as running:
+        assert await until(lambda: (tmp_path / f"{revoked}-state" / "svid.pem").exists(), seconds=30)
+        stream = await _open(running)
+        _list(running, revoked, path)
+        assert await _ends(stream)
+        await running.ztunnels[judge].until_logged(error=REVOKED)
+        before = await _rejections(running, judge, reporter)
+        assert before >= 1
+        assert await echo(running) == b""
+        assert await _rejections(running, judge, reporter) > before
+        other = "alpha" if judge == "beta" else "beta"
+        assert await _rejections(running, other) == 0
