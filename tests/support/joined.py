@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.errors import DataplaneError
 
-__all__ = ["Joined", "Wire"]
+__all__ = ["CA", "Joined", "JoinedSocket", "Side", "Wire"]
 
 CA = TestCa()
 _REQUEST = ((b":method", b"CONNECT"), (b":authority", b"10.0.0.2:80"))
@@ -44,9 +44,15 @@ class Wire:
         self._ring = memoryview(bytearray(room))
         self.filled = 0
         self.taken = 0
+        self.was_full = False
+        """Not all that was to be put found room."""
+        self.news = False
+        """Something was put; whoever tells the reader takes it back."""
 
     def put(self, data: Any) -> int:
         size = min(len(data), len(self._ring) - self.filled)
+        self.was_full = size < len(data)
+        self.news = True
         if not size:
             raise BlockingIOError
         self._ring[self.filled : self.filled + size] = data[:size]
@@ -62,6 +68,10 @@ class Wire:
         if self.taken == self.filled:
             self.taken = self.filled = 0
         return size
+
+    @property
+    def has_room(self) -> bool:
+        return self.filled < len(self._ring)
 
     @property
     def waiting(self) -> int:
@@ -98,7 +108,7 @@ class JoinedSocket:
         self.calls["close"] += 1
 
 
-class _Side:
+class Side:
     """Owner of a tunnel, user of its stream, owner of its relay."""
 
     def __init__(self, reactor: Reactor, calls: collections.Counter[str], room: int = ROOM) -> None:
@@ -107,7 +117,7 @@ class _Side:
         self.tunnel: Tunnel
         self.tunnel_socket: JoinedSocket
         self.end: StreamEnd | None = None
-        self.quiet: list[_Side] = []
+        self.quiet: list[Side] = []
         """Apps for streams that come later."""
         self.to_app, self.from_app = Wire(room), Wire(room)
         self.app = JoinedSocket(self.from_app, self.to_app, calls)
@@ -158,8 +168,8 @@ class Joined:
         config = config or ConnectionConfig()
         self.calls: collections.Counter[str] = collections.Counter()
         there, back = Wire(), Wire()
-        self.client = _Side(scripted_reactor(), self.calls)
-        self.server = _Side(scripted_reactor(), self.calls)
+        self.client = Side(scripted_reactor(), self.calls)
+        self.server = Side(scripted_reactor(), self.calls)
         for side, wires, is_client, name in (
             (self.client, (back, there), True, "web"),
             (self.server, (there, back), False, "orders"),
@@ -194,9 +204,9 @@ class Joined:
     def open(self, count: int) -> None:
         """Open further streams, which say nothing."""
         for _ in range(count):
-            extra = _Side(self.client.reactor, collections.Counter(), room=64)
+            extra = Side(self.client.reactor, collections.Counter(), room=64)
             extra.end = self.client.tunnel.connect(_REQUEST, extra, extra.relay)
-            self.server.quiet.append(_Side(self.server.reactor, collections.Counter(), room=64))
+            self.server.quiet.append(Side(self.server.reactor, collections.Counter(), room=64))
         self.settle()
         assert len(self.client.tunnel.streams) == count + 1
 
