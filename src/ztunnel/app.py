@@ -30,6 +30,7 @@ from hbone.daemon.http import HttpLimits, serve_asgi, unix_socket
 from hbone.errors import ConfigurationError, HboneError, IdentityError
 from ztunnel import dump, heap
 from ztunnel.admin import Readiness, admin_app, readiness_app, stats_app
+from ztunnel.control.pace import Pace, QuietCollector
 from ztunnel.datapath import data_path
 from ztunnel.dataplane import Reactor
 from ztunnel.dataplane.local import LocalWorkload
@@ -85,6 +86,7 @@ class Daemon:
         given: Given | None = None,
         take_over: bool = False,
         when_serving: Callable[[], object] = lambda: None,
+        collector: QuietCollector | None = None,
     ) -> None:
         """Put the parts together; nothing listens yet.
 
@@ -97,6 +99,7 @@ class Daemon:
             given: sockets of socket activation.
             take_over: replace the ztunnel that uses the state directory.
             when_serving: called once connections are accepted.
+            collector: of this process, if that may be touched.
 
         Raises:
             ConfigurationError: a setting cannot be used.
@@ -104,7 +107,15 @@ class Daemon:
         self.config = config
         self.state = state
         self.metrics = Metrics(config.istio_version)
-        self.mesh = Membership(config, self.metrics, state, xds=xds, authority=authority, check_revocations=True)
+        self.mesh = Membership(
+            config,
+            self.metrics,
+            state,
+            xds=xds,
+            authority=authority,
+            check_revocations=True,
+            pace=Pace(collector=collector),
+        )
         self.path = data_path(reactor, config, self.mesh, self.metrics)
         self.dns = self._make_dns() if config.dns_proxy else None
         self.readiness = Readiness("proxy", "state manager", *(["dns proxy"] if config.dns_proxy else []))
@@ -506,7 +517,15 @@ def run(
     """
     reactor = Reactor()
     try:
-        daemon = Daemon(config, reactor, state, given=given, take_over=take_over, when_serving=when_serving)
+        daemon = Daemon(
+            config,
+            reactor,
+            state,
+            given=given,
+            take_over=take_over,
+            when_serving=when_serving,
+            collector=QuietCollector(),
+        )
         # What is loaded by now stays for ever: a full collection need not walk it while connections wait.
         gc.collect()
         gc.freeze()

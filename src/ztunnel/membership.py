@@ -16,6 +16,7 @@ from hbone.errors import ConfigurationError
 from ztunnel.control.ca import CaClient
 from ztunnel.control.cache import CacheWriter
 from ztunnel.control.discovery import DiscoveryClient, make_node
+from ztunnel.control.pace import Pace
 from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import SvidManager
 from ztunnel.control.transport import REMEDY, RootSource, ServerAddress, TokenSource, grpc_dialer
@@ -59,6 +60,7 @@ class Membership:
         xds: Dial | None = None,
         authority: CertificateAuthority | None = None,
         check_revocations: bool = False,
+        pace: Pace | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         """Put the parts together; `run` starts them.
@@ -70,6 +72,7 @@ class Membership:
             xds: Another way to discovery, for tests.
             authority: Another CA, for tests.
             check_revocations: Ask for revocation lists; who says so acts on them.
+            pace: Cuts the work of large responses.
             wall: Wall clock, seconds since 1970.
 
         Raises:
@@ -80,6 +83,8 @@ class Membership:
         self.state = state
         self.store = Store()
         self._wall = wall
+        self.pace = pace or Pace()
+        """Cuts the work of large responses."""
         self.local_text: str | None = None
         """The local file, where there is one."""
         self.local = self._read_local()
@@ -180,6 +185,7 @@ class Membership:
             spread=lambda raw, resources: self.spread(raw, resources),
             wall=self._wall,
             remedy=self._remedy(),
+            pace=self.pace,
         )
 
     def _read_local(self) -> local_file.LocalFile | None:
@@ -236,6 +242,7 @@ class Membership:
                 log.warning("saved mesh not used", path=str(state.path), error=str(error))
             else:
                 self.restored = True
+                self.pace.set_aside()
 
     async def first_picture(self, patience: float = CATCH_UP) -> None:
         """Wait for a picture of the mesh to serve by: discovery's, the local file, or the one kept on disk.
@@ -284,7 +291,7 @@ class Membership:
         if self._writer is not None:
             self._writer.mesh_changed()
 
-    async def _snapshot(self) -> bytes:
+    async def _snapshot(self) -> bytes | list[bytes]:
         return await self.discovery.snapshot() if self.discovery is not None else self.store.snapshot()
 
     def _is_in_sync(self) -> bool:

@@ -7,20 +7,24 @@ import os
 import secrets
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hbone.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["require_private_directory", "write_private"]
 
 
-def write_private(path: str | os.PathLike[str], data: bytes | str, mode: int = 0o600) -> None:
+def write_private(path: str | os.PathLike[str], data: bytes | str | Sequence[bytes], mode: int = 0o600) -> None:
     """Replace the file at `path`: readers see the old content or the new, also after a crash.
 
     The content is written beside it under a random name, synced, renamed over it, and the directory synced.
 
     Args:
         path: where; a symbolic link is replaced, not followed.
-        data: the content; text is encoded as UTF-8.
+        data: the content, or the pieces of it; text is encoded as UTF-8.
         mode: permission bits, whatever the umask says.
 
     Raises:
@@ -28,13 +32,15 @@ def write_private(path: str | os.PathLike[str], data: bytes | str, mode: int = 0
     """
     target = Path(path)
     content = data.encode() if isinstance(data, str) else data
+    pieces = [content] if isinstance(content, bytes | bytearray | memoryview) else content
     temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode & 0o600)
     try:
         try:
-            view = memoryview(content)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(descriptor, view) :]
             os.fchmod(descriptor, mode)
             os.fsync(descriptor)
         finally:

@@ -37,7 +37,7 @@ from ztunnel.control.ca import check_path, check_validity, read_roots
 from ztunnel.control.transport import ControlPlaneError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
 
 __all__ = ["CacheWriter", "SavedSnapshot", "StateDir"]
@@ -235,11 +235,11 @@ class StateDir:
 
     # snapshot
 
-    def save_snapshot(self, data: bytes, workload: str, stale_since: float | None = None) -> None:
+    def save_snapshot(self, data: bytes | Sequence[bytes], workload: str, stale_since: float | None = None) -> None:
         """Keep the picture of the mesh as `workload` sees it.
 
         Args:
-            data: The picture.
+            data: The picture, or the pieces of it.
             workload: Whose it is.
             stale_since: Since when it may be out of date, seconds since 1970; None: it is current.
 
@@ -247,16 +247,16 @@ class StateDir:
             OSError: the disk is full, or the directory gone.
             ControlPlaneError: it is too large to be kept.
         """
-        if len(data) > MAX_SNAPSHOT:
-            raise ControlPlaneError(f"the snapshot has {len(data)} bytes; at most {MAX_SNAPSHOT} are kept")
-        header = {
-            "format": FORMAT,
-            "workload": workload,
-            "length": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
+        pieces = [data] if isinstance(data, bytes) else data
+        length = sum(map(len, pieces))
+        if length > MAX_SNAPSHOT:
+            raise ControlPlaneError(f"the snapshot has {length} bytes; at most {MAX_SNAPSHOT} are kept")
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        header = {"format": FORMAT, "workload": workload, "length": length, "sha256": digest.hexdigest()}
         path = self.path / "mesh.snapshot"
-        write_private(path, json.dumps(header).encode() + b"\n" + data)
+        write_private(path, [json.dumps(header).encode() + b"\n", *pieces])
         if stale_since is not None:
             os.utime(path, (stale_since, stale_since))
 
@@ -323,7 +323,7 @@ class CacheWriter:
         state: StateDir,
         *,
         workload: str,
-        snapshot: Callable[[], Awaitable[bytes]],
+        snapshot: Callable[[], Awaitable[bytes | Sequence[bytes]]],
         in_sync: Callable[[], bool],
         stale_since: Callable[[], float | None] = lambda: None,
     ) -> None:

@@ -1,12 +1,14 @@
 """The discovery stream: what the mesh looks like, kept up to date and kept when the control plane goes away.
 
 Delta xDS, two types, both wildcard, and where they are wanted the revocation lists of the mesh. A response is validated
-resource by resource in slices that yield after a millisecond, then becomes visible at once: the data path sees the
-state before it or the state after it.
+resource by resource in slices, then becomes visible at once: the data path sees the state before it or the state after
+it. Of the two types a policy that changes may overtake workloads; see `lanes`.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import random
 import time
@@ -20,6 +22,9 @@ from hbone.daemon.logs import get_logger
 from hbone.errors import HboneError, IdentityError
 from hbone.grpc import GrpcError, GrpcUnavailable
 from ztunnel.control.apply import apply
+from ztunnel.control.lanes import Lanes
+from ztunnel.control.pace import Pace, settle
+from ztunnel.control.response import read
 from ztunnel.control.revocation import REVOCATION_NAME, REVOCATION_TYPE
 from ztunnel.control.transport import REMEDY, ControlPlaneError, refusal, request_metadata
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from hbone.identity import Identity
+    from ztunnel.control.response import Response
     from ztunnel.control.transport import Dial, MessageStream, TokenSource
     from ztunnel.mesh import RejectedResource, Store
 
@@ -50,6 +56,10 @@ BACKOFF_QUICK = 1.0
 BACKOFF_LIMIT = 15.0
 MAX_NACK = 16 * 1024
 """Characters of one rejection's message."""
+MAX_WAITING = 64 * 1024 * 1024
+"""Bytes of responses that are being applied, above which no further one is read."""
+NAMES_AT_ONCE = 100
+"""Names and versions that a request is put together from at a time."""
 
 log = get_logger("ztunnel.control.discovery")
 
@@ -137,6 +147,7 @@ class DiscoveryClient:
         wall: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         remedy: str = REMEDY,
+        pace: Pace | None = None,
     ) -> None:
         """Remember how to ask.
 
@@ -155,7 +166,9 @@ class DiscoveryClient:
             wall: Wall clock, seconds since 1970.
             rng: Spreads reconnects.
             remedy: How this host gets a certificate when it has nothing to show; for people.
+            pace: Cuts the work of large responses.
         """
+        self._pace = pace or Pace()
         self._remedy = remedy
         self._dial = dial
         self._store = store
@@ -207,15 +220,15 @@ class DiscoveryClient:
         """Connected, and both types accepted on this stream: what we hold is what the control plane says."""
         return self._in_sync
 
-    async def snapshot(self) -> bytes:
-        """What is in force, to be kept on disk; made in slices, from the state at one moment."""
+    async def snapshot(self) -> list[bytes]:
+        """What is in force, to be kept on disk, in pieces; made in slices, from the state at one moment."""
         work = self._store.snapshot_in_slices(self._versions[ADDRESS_TYPE], self._versions[AUTHORIZATION_TYPE])
         while True:
             try:
                 next(work)
             except StopIteration as done:
-                data: bytes = done.value
-                return data
+                pieces: list[bytes] = done.value
+                return pieces
             await trio.lowlevel.checkpoint()
 
     def restore(self, data: bytes, saved_at: float) -> None:
@@ -239,6 +252,11 @@ class DiscoveryClient:
 
     async def run(self) -> None:
         """Keep a stream open until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(settle, self._store, self._pace)
+            await self._keep_open()
+
+    async def _keep_open(self) -> None:
         backoff = BACKOFF_FIRST
         while True:
             self._answered.clear()
@@ -285,10 +303,7 @@ class DiscoveryClient:
 
     async def _converse(self, stream: MessageStream) -> None:
         for url in TYPES:
-            request = discovery_pb2.DeltaDiscoveryRequest(
-                node=self._node, type_url=url, initial_resource_versions=self._versions[url]
-            )
-            await stream.send(request.SerializeToString())
+            await stream.send(await self._opening(url))
         if self._revocations is not None:
             # By name, which a server that does not know the type passes over.
             request = discovery_pb2.DeltaDiscoveryRequest(
@@ -297,53 +312,67 @@ class DiscoveryClient:
             await stream.send(request.SerializeToString())
         self._connected_since = self._wall()
         log.info("discovery stream open")
-        limit = trio.current_time() + FIRST_ANSWER_TIMEOUT
-        while True:
-            missing = [url for url in TYPES if url not in self._answered]
-            with trio.CancelScope(deadline=limit if missing else math.inf) as scope:
-                raw = await stream.receive()
-            if scope.cancelled_caught:
-                names = " and no ".join(url.rpartition(".")[2] for url in missing)
-                raise ControlPlaneError(f"the control plane sent no {names} within {FIRST_ANSWER_TIMEOUT:g} s")
-            if raw is None:
-                return
-            await self._receive(raw, stream)
+        await _Conversation(self, stream).run()
 
-    async def _receive(self, raw: bytes, stream: MessageStream) -> None:
-        try:
-            response = discovery_pb2.DeltaDiscoveryResponse.FromString(raw)
-        except DecodeError:
-            raise ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse") from None
+    async def _opening(self, url: str) -> bytes:
+        """The first request of a type, with all that we hold."""
+        request = discovery_pb2.DeltaDiscoveryRequest(node=self._node, type_url=url)
+        # Serialized messages may be joined: the entries of their maps add up.
+        pieces = [request.SerializeToString()]
+        held = iter(list(self._versions[url].items()))
+        while some := dict(itertools.islice(held, NAMES_AT_ONCE)):
+            request = discovery_pb2.DeltaDiscoveryRequest(initial_resource_versions=some)
+            pieces.append(request.SerializeToString())
+            await trio.lowlevel.checkpoint()
+        return b"".join(pieces)
+
+    async def put_in_force(self, raw: bytes, response: Response) -> discovery_pb2.DeltaDiscoveryRequest:
+        """Apply a response of one of the two types; returns what to answer."""
         url = response.type_url
-        self._metrics.xds_message(url, sum(len(item.resource.value) for item in response.resources))
         answer = discovery_pb2.DeltaDiscoveryRequest(type_url=url, response_nonce=response.nonce)
-        if url == REVOCATION_TYPE and self._revocations is not None:
-            await self._take_revocations(response, answer, self._revocations)
-            await stream.send(answer.SerializeToString())
-            return
-        if url not in TYPES:
-            # Acknowledged as the Rust ztunnel does: a refusal would not make the server stop either.
-            log.error("response of a type that we did not ask for", type_url=url)
-            await stream.send(answer.SerializeToString())
-            return
         refused = await self._apply(response)
-        await self._spread(raw, len(response.resources))  # what is acknowledged is in force everywhere
+        await self._spread(raw, response.count)  # what is acknowledged is in force everywhere
         if refused:
             self._rejected += len(refused)
-            text = "; ".join(f"{error.name}: {error.reason}" for error in refused)
+            text = "; ".join(f"{error.name}: {error.reason}" for error in refused[:MAX_NACK])
             answer.error_detail.message = text if len(text) <= MAX_NACK else text[:MAX_NACK] + "; ..."
             log.warning("resources rejected", type_url=url, count=len(refused), error=text[:1024])
-        self._answered.add(url)
         self._last_update = self._wall()
-        await stream.send(answer.SerializeToString())
+        self._answered.add(url)
+        return answer
+
+    def answered(self, answer: discovery_pb2.DeltaDiscoveryRequest) -> None:
+        """The answer to a response that is in force left."""
+        url = answer.type_url
         self._synced.add(url)
-        if not refused:
+        if not answer.HasField("error_detail"):
             self._acknowledged.add(url)
         if self._in_sync:
             self._stale_since = None
         if self._acknowledged.issuperset(TYPES):
             self.ready.set()
         self._applied()
+
+    async def other_type(self, raw: bytes, url: str, nonce: str) -> discovery_pb2.DeltaDiscoveryRequest:
+        """Take a response of another type; returns what to answer."""
+        response = discovery_pb2.DeltaDiscoveryResponse.FromString(raw)
+        self._metrics.xds_message(url, sum(len(item.resource.value) for item in response.resources))
+        answer = discovery_pb2.DeltaDiscoveryRequest(type_url=url, response_nonce=nonce)
+        if url == REVOCATION_TYPE and self._revocations is not None:
+            await self._take_revocations(response, answer, self._revocations)
+        else:
+            # Acknowledged as the Rust ztunnel does: a refusal would not make the server stop either.
+            log.error("response of a type that we did not ask for", type_url=url)
+        return answer
+
+    def missing(self) -> list[str]:
+        """Types of which nothing was applied on this stream."""
+        return [url for url in TYPES if url not in self._answered]
+
+    @property
+    def pace(self) -> Pace:
+        """Cuts the work of large responses."""
+        return self._pace
 
     async def _take_revocations(
         self,
@@ -365,13 +394,23 @@ class DiscoveryClient:
             answer.error_detail.message = f"{REVOCATION_NAME}: {error}"[:MAX_NACK]
             log.warning("revocation lists rejected; those before stay in force", error=str(error))
 
-    async def _apply(self, response: discovery_pb2.DeltaDiscoveryResponse) -> Sequence[RejectedResource]:
+    async def _apply(self, response: Response) -> Sequence[RejectedResource]:
         """Put in force what is good; returns what was refused."""
-        applied = await apply(self._store, response)
+        applied = await apply(self._store, response, self._pace)
+        self._metrics.xds_message(response.type_url, applied.nbytes)
         accepted = self._versions[response.type_url]
+        # In force already; a name that is cancelled before its version is here will only be sent again.
+        slices = self._pace.begin()
         for name in applied.gone:
             accepted.pop(name, None)
-        accepted.update(applied.versions)
+            if slices.due():
+                await slices.rest()
+        versions = applied.versions
+        while versions:
+            name, version = versions.popitem()
+            accepted[name] = version
+            if slices.due():
+                await slices.rest()
         for error in applied.refused:
             accepted.setdefault(error.name, "")  # in force as a refusal, so the server must say when it is gone
         return applied.refused
@@ -384,6 +423,82 @@ class DiscoveryClient:
         if was_in_sync:
             self._stale_since = self._wall()
             self._applied()  # so that the disk knows since when, too
+
+
+class _Conversation:
+    """One stream, from the first response on: one task hears, others put in force and answer.
+
+    Args:
+        client: whose it is.
+        stream: open, with the subscriptions sent.
+    """
+
+    def __init__(self, client: DiscoveryClient, stream: MessageStream) -> None:
+        self._client = client
+        self._stream = stream
+        self._sending = trio.Lock()
+        self._hearing = trio.CancelScope()
+        self._failure: Exception | None = None
+
+    async def run(self) -> None:
+        """Until the stream ends; what was heard by then is in force.
+
+        Raises:
+            Exception: whatever ended the stream.
+        """
+        async with trio.open_nursery() as nursery:
+            lanes = Lanes(nursery)
+            with self._hearing:
+                try:
+                    await self._hear(lanes)
+                except Exception as error:
+                    self._fail(error)
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
+        self._hearing.cancel()
+
+    async def _hear(self, lanes: Lanes) -> None:
+        limit = trio.current_time() + FIRST_ANSWER_TIMEOUT
+        heard: set[str] = set()
+        while True:
+            missing = [url for url in TYPES if url not in heard]
+            with trio.CancelScope(deadline=limit if missing else math.inf) as scope:
+                raw = await self._stream.receive()
+            if scope.cancelled_caught:
+                names = " and no ".join(url.rpartition(".")[2] for url in missing)
+                raise ControlPlaneError(f"the control plane sent no {names} within {FIRST_ANSWER_TIMEOUT:g} s")
+            if raw is None:
+                return
+            try:
+                response = await read(raw, self._client.pace)
+            except DecodeError:
+                raise ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse") from None
+            heard.add(response.type_url)
+            url = response.type_url
+            after = lanes.after(url, removes=bool(response.removed))
+            lanes.start(functools.partial(self._take, raw, response), (url,), after, len(raw))
+            await lanes.below(MAX_WAITING)
+
+    async def _take(self, raw: bytes, response: Response) -> None:
+        client, url = self._client, response.type_url
+        ours = url in TYPES
+        try:
+            if ours:
+                answer = await client.put_in_force(raw, response)
+            else:
+                answer = await client.other_type(raw, url, response.nonce)
+            if self._failure is None:
+                async with self._sending:
+                    await self._stream.send(answer.SerializeToString())
+                if ours:
+                    client.answered(answer)
+        except DecodeError:
+            self._fail(ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse"))
+        except Exception as error:
+            self._fail(error)
 
 
 def _is_reconnect(error: GrpcError) -> bool:

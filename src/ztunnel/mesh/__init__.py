@@ -13,10 +13,11 @@ from ztunnel.mesh.address import (
 )
 from ztunnel.mesh.decode import ADDRESS_TYPE, AUTHORIZATION_TYPE, decode_address, decode_policy
 from ztunnel.mesh.policy import Authorization
-from ztunnel.mesh.rbac import Connection, Decision, decide
+from ztunnel.mesh.push import Change, Push
+from ztunnel.mesh.rbac import Connection, Decision, compile_policy, decide
 from ztunnel.mesh.service import Endpoint, Service
 from ztunnel.mesh.snapshot import Restored, SnapshotError
-from ztunnel.mesh.store import Change, Store
+from ztunnel.mesh.store import Store
 from ztunnel.mesh.workload import Protocol, Workload
 
 __all__ = [
@@ -34,12 +35,14 @@ __all__ = [
     "NamespacedHostname",
     "NetworkAddress",
     "Protocol",
+    "Push",
     "RejectedResource",
     "Restored",
     "Service",
     "SnapshotError",
     "Store",
     "Workload",
+    "compile_policy",
     "decide",
     "decode_address",
     "decode_policy",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from google.protobuf.message import DecodeError
 
 from ztunnel.mesh.address import RejectedResource
@@ -10,14 +12,22 @@ from ztunnel.mesh.service import Service
 from ztunnel.mesh.workload import Workload
 from ztunnel.wire import authorization_pb2, workload_pb2
 
+if TYPE_CHECKING:
+    from collections.abc import Container
+
 __all__ = ["ADDRESS_TYPE", "AUTHORIZATION_TYPE", "decode_address", "decode_policy", "placeholder"]
 
 ADDRESS_TYPE = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION_TYPE = "type.googleapis.com/istio.security.Authorization"
 
 
-def decode_address(name: str, payload: bytes) -> Workload | Service:
+def decode_address(name: str, payload: bytes, aliases: Container[str] = ()) -> Workload | Service:
     """Read an istio.workload.Address, the resource of discovery called `name`.
+
+    Args:
+        name: Its own name, or one of its aliases: what was asked for by address may be answered under that.
+        payload: The message.
+        aliases: Other names that it was sent with.
 
     Raises:
         RejectedResource: it cannot be used.
@@ -30,17 +40,19 @@ def decode_address(name: str, payload: bytes) -> Workload | Service:
         kind = message.WhichOneof("type")
         if kind == "workload":
             workload = Workload.from_wire(message.workload, payload)
-            return _named(name, workload.uid, workload, payload)
+            return _named(name, workload.uid, workload, payload, aliases)
         if kind == "service":
             service = Service.from_wire(message.service, payload)
-            return _named(name, service.key, service, payload)
+            return _named(name, service.key, service, payload, aliases)
     except RejectedResource as error:
         raise RejectedResource(name, error.reason, addresses=error.addresses, wire=payload) from None
     raise RejectedResource(name, "it is neither a workload nor a service", wire=payload)
 
 
-def _named(name: str, own: str, resource: Workload | Service, payload: bytes) -> Workload | Service:
-    if name != own:
+def _named(
+    name: str, own: str, resource: Workload | Service, payload: bytes, aliases: Container[str]
+) -> Workload | Service:
+    if name != own and name not in aliases:
         raise RejectedResource(name, f"it calls itself {own!r}, and could not be removed by its name", wire=payload)
     return resource
 

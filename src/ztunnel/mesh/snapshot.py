@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,8 +21,8 @@ __all__ = ["Contents", "Restored", "SnapshotError", "pack", "unpack"]
 
 _MAGIC = b"ztunnel mesh snapshot 1\n"
 _DIGEST = 32
-_SLICE = 200
-"""Resources between two yields; about a millisecond."""
+_SLICE = 100
+"""Resources between two yields; about half a millisecond."""
 
 
 class SnapshotError(Exception):
@@ -48,28 +49,33 @@ class Restored:
 
 
 def pack(
-    addresses: list[tuple[str, bytes]],
-    policies: list[tuple[str, bytes]],
+    addresses: Iterable[tuple[str, bytes]],
+    policies: Iterable[tuple[str, bytes]],
     address_versions: Mapping[str, str],
     policy_versions: Mapping[str, str],
-) -> Generator[None, None, bytes]:
-    """Names and serialized resources of both types as bytes, with a `yield` after every few of them."""
+) -> Generator[None, None, list[bytes]]:
+    """Names and serialized resources of both types as pieces of bytes, with a `yield` after every few of them.
+
+    Resources without bytes did not come from discovery, and are left out.
+    """
     body: list[bytes] = []
+    digest = hashlib.sha256()
     for type_url, resources, versions in (
         (ADDRESS_TYPE, addresses, address_versions),
         (AUTHORIZATION_TYPE, policies, policy_versions),
     ):
         # Serialized messages may be joined: their repeated fields add up.
         parts = [discovery_pb2.DeltaDiscoveryResponse(type_url=type_url).SerializeToString()]
-        for start in range(0, len(resources), _SLICE):
-            parts.append(_listing(type_url, resources[start : start + _SLICE], versions))
+        some = iter(resources)
+        while few := list(itertools.islice(some, _SLICE)):
+            parts.append(_listing(type_url, few, versions))
             yield
         body.append(sum(map(len, parts)).to_bytes(8, "big"))
         body += parts
-    digest = hashlib.sha256()
     for part in body:
         digest.update(part)
-    return b"".join([_MAGIC, digest.digest(), *body])
+        yield
+    return [_MAGIC, digest.digest(), *body]
 
 
 def unpack(data: bytes) -> tuple[Contents, Contents]:
@@ -114,6 +120,8 @@ def _decode_all(resources: Iterable[discovery_pb2.Resource], decode: Callable[[s
 def _listing(type_url: str, resources: Iterable[tuple[str, bytes]], versions: Mapping[str, str]) -> bytes:
     listing = discovery_pb2.DeltaDiscoveryResponse()
     for name, wire in resources:
+        if not wire:
+            continue
         resource = listing.resources.add(name=name, version=versions.get(name, ""))
         resource.resource.type_url = type_url
         resource.resource.value = wire

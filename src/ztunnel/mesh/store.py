@@ -6,24 +6,23 @@ name it. Every change costs as much as it changes, and is announced once to each
 
 from __future__ import annotations
 
-import bisect
 from typing import TYPE_CHECKING, Any
-
-import attrs
 
 from ztunnel.mesh.address import GatewayAddress, NamespacedHostname, RejectedResource
 from ztunnel.mesh.decode import placeholder
 from ztunnel.mesh.policy import Authorization, PolicyScope
+from ztunnel.mesh.push import Change, Push
 from ztunnel.mesh.rbac import PolicySet, compile_policy
-from ztunnel.mesh.service import Endpoint, Service
 from ztunnel.mesh.snapshot import Restored, pack, unpack
-from ztunnel.mesh.workload import Workload
+from ztunnel.mesh.tables import Layer, Tables, View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 
     from ztunnel.mesh.address import IpAddress
     from ztunnel.mesh.rbac import Connection
+    from ztunnel.mesh.service import Endpoint, Service
+    from ztunnel.mesh.workload import Workload
 
 __all__ = ["Change", "Store", "resolve_reference"]
 
@@ -31,43 +30,18 @@ _MEMO_LIMIT = 4096
 """Entries of the memo of choices; above it is emptied, as an attacker could name many destinations."""
 
 
-@attrs.frozen(kw_only=True)
-class Change:
-    """What one push changed, removals included."""
-
-    workloads: frozenset[str] = frozenset()
-    """Uids."""
-    services: frozenset[str] = frozenset()
-    """`namespace/hostname`."""
-    policies: frozenset[str] = frozenset()
-    """Resource names."""
-
-    def __bool__(self) -> bool:
-        return bool(self.workloads or self.services or self.policies)
-
-
 class Store:
     """The mesh as this node knows it. Not for several threads."""
 
     def __init__(self) -> None:
-        self.workloads: dict[str, Workload] = {}
-        """By uid."""
-        self.services: dict[str, Service] = {}
-        """By `namespace/hostname`."""
         self.policies: dict[str, Authorization] = {}
         """By resource name."""
         self.generation = 0
         """Rises with every change."""
-        self._by_address: dict[str, dict[IpAddress, list[Workload]]] = {}  # network -> IP -> best first
-        self._by_info: dict[tuple[str, str, str], dict[str, Workload]] = {}
-        self._by_hostname: dict[tuple[str, str], dict[str, Workload]] = {}
-        self._vips: dict[str, dict[IpAddress, list[str]]] = {}  # network -> IP -> service keys, oldest first
-        self._cidrs: dict[tuple[str, int], dict[int, dict[int, list[str]]]] = {}  # network, family -> length -> prefix
-        self._by_host: dict[str, list[str]] = {}  # hostname in lower case -> service keys, oldest first
-        self._members: dict[str, dict[str, Endpoint]] = {}  # service key -> uid -> endpoint; also of unknown services
-        self._endpoints: dict[str, dict[str, Endpoint]] = {}  # the same, only what the service takes
-        self._rejected: dict[str, RejectedResource] = {}
-        self._rejected_at: dict[tuple[str, IpAddress], set[str]] = {}
+        self._base = Tables()
+        self._layer: Layer | None = None
+        self._rubbish: Iterator[None] | None = None
+        self._endpoints: dict[str, Mapping[str, Endpoint]] = {}  # of services that were asked for
         self._global: dict[str, Authorization] = {}
         self._namespaced: dict[str, dict[str, Authorization]] = {}
         self._matchers: dict[str, Callable[[Connection], bool]] = {}
@@ -75,6 +49,32 @@ class Store:
         self._subscribers: list[Callable[[Change], None]] = []
         self.memo: dict[Hashable, Any] = {}
         """Choices worth keeping until addresses change; see `remember`."""
+
+    @property
+    def workloads(self) -> Mapping[str, Workload]:
+        """By uid."""
+        layer, base = self._layer, self._base
+        if layer is None:
+            return base.workloads
+        return View(
+            layer.workloads,
+            base.workloads,
+            layer.over_workloads,
+            lambda: len(base.workloads) - layer.hidden_workloads + len(layer.workloads),
+        )
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        """By `namespace/hostname`."""
+        layer, base = self._layer, self._base
+        if layer is None:
+            return base.services
+        return View(
+            layer.services,
+            base.services,
+            layer.over_services,
+            lambda: len(base.services) - layer.hidden_services + len(layer.services),
+        )
 
     # Changes
 
@@ -106,39 +106,77 @@ class Store:
             rejected: What could not be read. A former good version of it stays; without one, its addresses
                 are refused rather than passed through.
         """
-        workloads: set[str] = set()
-        services: set[str] = set()
+        push = self.begin_small()
         for resource in upserts:
-            if isinstance(resource, Workload):
-                self._forgive(resource.uid)
-                self._insert_workload(resource)
-                workloads.add(resource.uid)
-            else:
-                self._forgive(resource.key)
-                self._insert_service(resource)
-                services.add(resource.key)
+            push.upsert(resource)
         for error in rejected:
-            self._forgive(error.name)
-            if error.name not in self.workloads and error.name not in self.services:
-                self._rejected[error.name] = error
-                for claim in error.addresses:
-                    self._rejected_at.setdefault(claim, set()).add(error.name)
-                workloads.add(error.name)
+            push.reject(error)
         for name in removals:
-            self._forgive(name)
-            if name in self.workloads:
-                self._remove_workload(name)
-                workloads.add(name)
-            elif name in self.services:
-                self._remove_service(name)
-                services.add(name)
-        return self._announce(Change(workloads=frozenset(workloads), services=frozenset(services)))
+            push.remove(name)
+        return push.commit()
+
+    def begin_small(self) -> Push:
+        """Begin a push that nobody looks into before its `commit`."""
+        return Push(self._layer or self._base, self._announce)
+
+    def prepare(self) -> Push:
+        """Begin a large push: nobody sees any of it before its `commit`, which takes no longer however much there is.
+
+        One at a time; what `settle` has left of the one before is done first, all at once.
+        """
+        while self.settle(1000):
+            pass
+        layer, generation = Layer(self._base), self.generation
+
+        def commit(change: Change) -> Change:
+            if self._layer is not None or self.generation != generation:
+                # Somebody changed what the layer was made for. It is correct all the same, but not quick.
+                while self.settle(1000):
+                    pass
+                layer.beneath = self._base
+                while not layer.worked_in:
+                    layer.work_in()
+            elif not (self._base.workloads or self._base.services or self._base.rejected):
+                self._base = layer.alone()
+                self._rubbish = layer.left_over()
+            else:
+                self._layer = layer
+            return self._announce(change)
+
+        return Push(layer, commit)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether there is something for `settle` to do."""
+        return self._layer is not None or self._rubbish is not None
+
+    def settle(self, count: int) -> bool:
+        """Work `count` resources of a large push that is in force into the rest; what is seen stays the same.
+
+        Returns:
+            Whether there is more to do.
+        """
+        layer = self._layer
+        if layer is not None:
+            for _ in range(count):
+                if layer.worked_in:
+                    self._layer = None
+                    self._rubbish = layer.left_over()
+                    break
+                layer.work_in()
+        elif self._rubbish is not None:
+            for _ in range(count):
+                if next(self._rubbish, self) is self:
+                    self._rubbish = None
+                    break
+        return self.unsettled
 
     def apply_policies(
         self,
         upserts: Iterable[Authorization],
         removals: Iterable[str] = (),
         rejected: Iterable[RejectedResource] = (),
+        matchers: Mapping[str, Callable[[Connection], bool]] | None = None,
     ) -> Change:
         """Take policies in, then remove others by resource name.
 
@@ -147,10 +185,12 @@ class Store:
             removals: Resource names; unknown ones are ignored.
             rejected: What could not be read. A former good version of it stays; without one, it denies
                 whatever it would rule, unless it is a dry run.
+            matchers: `compile_policy` of policies by their resource name, where that was done before.
         """
+        compiled = matchers or {}
         changed: set[str] = set()
         for policy in upserts:
-            self._insert_policy(policy)
+            self._insert_policy(policy, compiled.get(policy.key))
             changed.add(policy.key)
         for error in rejected:
             known = self.policies.get(error.name)
@@ -171,102 +211,16 @@ class Store:
             self._policy_sets.clear()
         if change.workloads or change.services:
             self.memo.clear()
+            self._endpoints.clear()
         for callback in tuple(self._subscribers):
             callback(change)
         return change
 
-    def _forgive(self, name: str) -> None:
-        error = self._rejected.pop(name, None)
-        if error is not None:
-            for claim in error.addresses:
-                names = self._rejected_at.get(claim)
-                if names is not None:
-                    names.discard(name)
-                    if not names:
-                        del self._rejected_at[claim]
-
-    def _insert_workload(self, workload: Workload) -> None:
-        old = self.workloads.get(workload.uid)
-        if old is not None:
-            self._remove_workload(workload.uid, keep=workload.services)
-        self.workloads[workload.uid] = workload
-        if not workload.host_network:
-            for ip in workload.addresses:
-                claims = self._by_address.setdefault(workload.network, {}).setdefault(ip, [])
-                # Best rank first; of equal rank the last to come, so before its equals.
-                claims.insert(bisect.bisect_left(claims, -workload.rank, key=lambda other: -other.rank), workload)
-        info = (workload.name, workload.namespace, workload.service_account)
-        self._by_info.setdefault(info, {})[workload.uid] = workload
-        if workload.hostname:
-            self._by_hostname.setdefault((workload.namespace, workload.hostname), {})[workload.uid] = workload
-        for key, ports in workload.services.items():
-            endpoint = Endpoint(workload.uid, ports, workload.healthy)
-            self._members.setdefault(key, {})[workload.uid] = endpoint
-            self._offer(key, endpoint)
-
-    def _remove_workload(self, uid: str, keep: Iterable[str] = ()) -> None:
-        workload = self.workloads.pop(uid)
-        if not workload.host_network:
-            addresses = self._by_address.get(workload.network, {})
-            for ip in workload.addresses:
-                claims = [other for other in addresses.get(ip, ()) if other.uid != uid]
-                if claims:
-                    addresses[ip] = claims
-                else:
-                    addresses.pop(ip, None)
-            if not addresses:
-                self._by_address.pop(workload.network, None)
-        _discard(self._by_info, (workload.name, workload.namespace, workload.service_account), uid)
-        if workload.hostname:
-            _discard(self._by_hostname, (workload.namespace, workload.hostname), uid)
-        kept = set(keep)
-        for key in workload.services:
-            if key not in kept:  # of a kept one the entry is replaced in place
-                _discard(self._members, key, uid)
-                self._endpoints.get(key, {}).pop(uid, None)
-
-    def _offer(self, key: str, endpoint: Endpoint) -> None:
-        service = self.services.get(key)
-        if service is None:
-            return  # staged in _members until the service comes
-        if service.takes(endpoint):
-            self._endpoints[key][endpoint.workload_uid] = endpoint
-        else:
-            self._endpoints[key].pop(endpoint.workload_uid, None)
-
-    def _insert_service(self, service: Service) -> None:
-        if service.key in self.services:
-            self._remove_service(service.key)
-        key = service.key
-        self.services[key] = service
-        members = {**service.endpoints, **self._members.get(key, {})}
-        self._endpoints[key] = {uid: endpoint for uid, endpoint in members.items() if service.takes(endpoint)}
-        self._by_host.setdefault(service.hostname.lower(), []).append(key)
-        for vip in service.vips:
-            self._vips.setdefault(vip.network, {}).setdefault(vip.ip, []).append(key)
-        for network, cidr in service.cidrs:
-            prefix = int(cidr.network_address) >> (cidr.max_prefixlen - cidr.prefixlen)
-            lengths = self._cidrs.setdefault((network, cidr.version), {})
-            lengths.setdefault(cidr.prefixlen, {}).setdefault(prefix, []).append(key)
-
-    def _remove_service(self, key: str) -> None:
-        service = self.services.pop(key)
-        del self._endpoints[key]
-        _remove(self._by_host, service.hostname.lower(), key)
-        for vip in service.vips:
-            _remove(self._vips.get(vip.network, {}), vip.ip, key)
-        for network, cidr in service.cidrs:
-            lengths = self._cidrs.get((network, cidr.version), {})
-            prefixes = lengths.get(cidr.prefixlen, {})
-            _remove(prefixes, int(cidr.network_address) >> (cidr.max_prefixlen - cidr.prefixlen), key)
-            if not prefixes:
-                lengths.pop(cidr.prefixlen, None)
-
-    def _insert_policy(self, policy: Authorization) -> None:
+    def _insert_policy(self, policy: Authorization, matcher: Callable[[Connection], bool] | None = None) -> None:
         if policy.key in self.policies:
             self._remove_policy(policy.key)  # its scope may have been another
         self.policies[policy.key] = policy
-        self._matchers[policy.key] = compile_policy(policy.rules)
+        self._matchers[policy.key] = matcher or compile_policy(policy.rules)
         if policy.scope is PolicyScope.GLOBAL:
             self._global[policy.key] = policy
         elif policy.scope is PolicyScope.NAMESPACE:
@@ -287,13 +241,24 @@ class Store:
 
     def workload_by_address(self, network: str, ip: IpAddress) -> Workload | None:
         """The workload that owns an address; of several the best ranked. Host-network workloads are not found."""
-        addresses = self._by_address.get(network)
-        claims = addresses.get(ip) if addresses else None
-        return claims[0] if claims else None
+        layer = self._layer
+        if layer is not None:
+            over = layer.over_workloads
+            ours = layer.claims(network, ip)
+            theirs = [found for found in self._base.claims(network, ip) if found.uid not in over]
+            # Of equal rank the last to come.
+            return max((*ours[:1], *theirs[:1]), key=lambda found: found.rank, default=None)
+        addresses = self._base.by_address.get(network)
+        found = addresses.get(ip) if addresses else None
+        return found[0] if isinstance(found, list) else found
 
     def workload_by_hostname(self, namespace: str, hostname: str) -> Workload | None:
         """The workload of that namespace that is reached by a host name."""
-        return next(iter(self._by_hostname.get((namespace, hostname), {}).values()), None)
+        layer, key = self._layer, (namespace, hostname)
+        for uid, workload in self._base.by_hostname.get(key, {}).items():
+            if layer is None or uid not in layer.over_workloads:
+                return workload
+        return next(iter(layer.by_hostname.get(key, {}).values()), None) if layer is not None else None
 
     def find_local(self, name: str, namespace: str, service_account: str, node: str | None = None) -> Workload | None:
         """The workload that this proxy serves.
@@ -304,8 +269,15 @@ class Store:
             service_account: Its service account.
             node: Only a workload of this node counts, unless it is empty or None.
         """
-        for workload in self._by_info.get((name, namespace, service_account), {}).values():
-            if not node or workload.node == node:
+        layer = self._layer
+        found: Iterable[Workload] = self._base.named(name)
+        if layer is not None:
+            over = layer.over_workloads
+            found = (*(workload for workload in found if workload.uid not in over), *layer.named(name))
+        for workload in found:
+            if (workload.namespace, workload.service_account) == (namespace, service_account) and (
+                not node or workload.node == node
+            ):
                 return workload
         return None
 
@@ -317,44 +289,58 @@ class Store:
             ip: The address.
             namespace: Of the client: its own services win, and other namespaces' private ones are not seen.
         """
-        vips = self._vips.get(network)
+        layer, base = self._layer, self._base
+        vips = base.vips.get(network)
         keys = vips.get(ip) if vips else None
+        if layer is not None:
+            keys = self._seen(keys) + layer.vips.get(network, {}).get(ip, [])
         if keys:
             service = self._best(keys, namespace)
             if service is not None:
                 return service
-        if not self._cidrs:
+        if not base.cidrs and (layer is None or not layer.cidrs):
             return None
-        lengths = self._cidrs.get((network, ip.version))
-        if not lengths:
-            return None
-        bits = 32 if ip.version == 4 else 128
+        ranges: Iterable[tuple[int, str]] = base.ranges(network, ip)
+        if layer is not None:
+            over = layer.over_services
+            ranges = (*((length, key) for length, key in ranges if key not in over), *layer.ranges(network, ip))
         best: tuple[tuple[bool, int, bool], Service] | None = None
-        number = int(ip)
-        for length in sorted(lengths, reverse=True):
-            for key in lengths[length].get(number >> (bits - length), ()):
-                service = self.services[key]
-                if service.namespace_only and namespace is not None and service.namespace != namespace:
-                    continue
-                rank = (service.namespace == namespace, length, service.canonical)
-                if best is None or rank > best[0]:
-                    best = (rank, service)
+        services = self.services
+        for length, key in ranges:
+            service = services[key]
+            if service.namespace_only and namespace is not None and service.namespace != namespace:
+                continue
+            rank = (service.namespace == namespace, length, service.canonical)
+            if best is None or rank > best[0]:
+                best = (rank, service)
         return best[1] if best else None
 
     def service_by_host(self, hostname: str, namespace: str | None = None) -> Service | None:
         """The service of a host name, chosen among namespaces as `service_by_vip` does."""
-        keys = self._by_host.get(hostname.lower())
-        return self._best(keys, namespace) if keys else None
+        return self._best(self._keys_of_host(hostname.lower()), namespace)
 
     def services_by_host(self, hostname: str) -> Iterator[Service]:
         """Every service of a host name in lower case, oldest first."""
-        for key in self._by_host.get(hostname, ()):
-            yield self.services[key]
+        services = self.services
+        for key in self._keys_of_host(hostname):
+            yield services[key]
 
-    def _best(self, keys: list[str], namespace: str | None) -> Service | None:
+    def _keys_of_host(self, hostname: str) -> Sequence[str]:
+        keys = self._base.by_host.get(hostname)
+        if self._layer is None:
+            return keys or ()
+        return self._seen(keys) + self._layer.by_host.get(hostname, [])
+
+    def _seen(self, keys: Iterable[str] | None) -> list[str]:
+        """Services of the tables beneath that the layer does not hide."""
+        over = self._layer.over_services if self._layer is not None else ()
+        return [key for key in keys or () if key not in over]
+
+    def _best(self, keys: Iterable[str], namespace: str | None) -> Service | None:
+        services = self.services
         chosen: Service | None = None
         for key in keys:
-            service = self.services[key]
+            service = services[key]
             if service.namespace == namespace:
                 return service
             if service.namespace_only and namespace is not None:
@@ -365,22 +351,55 @@ class Store:
 
     def endpoints(self, service: Service) -> Mapping[str, Endpoint]:
         """Endpoints of a service that its health rule takes, by uid of their workload."""
-        return self._endpoints.get(service.key, {})
+        key = service.key
+        found = self._endpoints.get(key)
+        if found is None:
+            current = self.services.get(key)
+            if current is None:
+                return {}
+            if len(self._endpoints) >= _MEMO_LIMIT:
+                self._endpoints.clear()
+            members = self.members(current)
+            found = {uid: endpoint for uid, endpoint in members.items() if current.takes(endpoint)}
+            self._endpoints[key] = found
+        return found
 
     def members(self, service: Service) -> Mapping[str, Endpoint]:
         """All endpoints of a service, healthy or not."""
-        return {**service.endpoints, **self._members.get(service.key, {})}
+        return {**service.endpoints, **self._members(service.key)}
+
+    def _members(self, key: str) -> Mapping[str, Endpoint]:
+        """Endpoints that workloads say they are of a service, known or not."""
+        layer = self._layer
+        members = self._base.members.get(key, {})
+        if layer is None or key not in layer.disturbed:
+            return members
+        over = layer.over_workloads
+        seen = {uid: endpoint for uid, endpoint in members.items() if uid not in over}
+        return seen | layer.members.get(key, {})
 
     def staged(self) -> dict[str, Mapping[str, Endpoint]]:
         """Endpoints that wait for their service, by its key."""
-        return {key: members for key, members in self._members.items() if key not in self.services}
+        keys = dict.fromkeys(self._base.members)
+        if self._layer is not None:
+            keys |= dict.fromkeys(self._layer.members)
+        services = self.services
+        return {key: members for key in keys if key not in services and (members := self._members(key))}
 
     def rejection(self, network: str, ip: IpAddress) -> RejectedResource | None:
         """The unreadable resource that claims an address nobody else has."""
-        if not self._rejected_at:
+        base, layer = self._base, self._layer
+        if layer is not None:
+            for name in layer.rejected_at.get((network, ip), ()):
+                return layer.rejected[name]
+            for name in base.rejected_at.get((network, ip), ()):
+                if name not in layer.forgiven:
+                    return base.rejected[name]
             return None
-        names = self._rejected_at.get((network, ip))
-        return self._rejected[next(iter(names))] if names else None
+        if not base.rejected_at:
+            return None
+        names = base.rejected_at.get((network, ip))
+        return base.rejected[next(iter(names))] if names else None
 
     def policies_for(self, workload: Workload) -> PolicySet:
         """The policies that rule a workload: its namespace's, the mesh's, and those it names, in this order."""
@@ -420,25 +439,36 @@ class Store:
             try:
                 next(work)
             except StopIteration as done:
-                data: bytes = done.value
-                return data
+                return b"".join(done.value)
 
     def snapshot_in_slices(
         self, address_versions: Mapping[str, str] | None = None, policy_versions: Mapping[str, str] | None = None
-    ) -> Generator[None, None, bytes]:
-        """The same, with a `yield` after every few resources; changes made meanwhile are not in it."""
-        addresses = [(name, wire) for name, wire in self._address_wires() if wire]
-        policies = [(policy.key, policy.wire) for policy in self.policies.values() if policy.wire]
-        work = pack(addresses, policies, dict(address_versions or {}), dict(policy_versions or {}))
-        return (yield from work)
+    ) -> Generator[None, None, list[bytes]]:
+        """The same in pieces, with a `yield` after every few resources; changes made meanwhile are not in it."""
+        base, layer = self._base, self._layer
+        # Copies of references, which is quick; of what changes meanwhile these are the old ones.
+        held = [(list(base.workloads.values()), list(base.services.values()), list(base.rejected.values()))]
+        hidden: tuple[set[str], set[str], set[str]] = (set(), set(), set())
+        if layer is not None:
+            held.append((list(layer.workloads.values()), list(layer.services.values()), list(layer.rejected.values())))
+            hidden = (set(layer.over_workloads), set(layer.over_services), set(layer.forgiven))
 
-    def _address_wires(self) -> Iterator[tuple[str, bytes]]:
-        for workload in self.workloads.values():
-            yield workload.uid, workload.wire
-        for service in self.services.values():
-            yield service.key, service.wire
-        for error in self._rejected.values():
-            yield error.name, error.wire
+        def addresses() -> Iterator[tuple[str, bytes]]:
+            over_workloads, over_services, forgiven = hidden
+            for workloads, services, rejected in held:
+                yield from ((one.uid, one.wire) for one in workloads if one.uid not in over_workloads)
+                yield from ((one.key, one.wire) for one in services if one.key not in over_services)
+                yield from ((one.name, one.wire) for one in rejected if one.name not in forgiven)
+                over_workloads = over_services = forgiven = set()
+
+        policies = list(self.policies.values())
+        work = pack(
+            addresses(),
+            ((policy.key, policy.wire) for policy in policies),
+            dict(address_versions or {}),
+            dict(policy_versions or {}),
+        )
+        return (yield from work)
 
     def restore(self, data: bytes) -> Restored:
         """Take in what `snapshot` gave.
@@ -459,15 +489,6 @@ def _discard(index: dict[Any, dict[str, Any]], key: Any, name: str) -> None:
     if entries is not None:
         entries.pop(name, None)
         if not entries:
-            del index[key]
-
-
-def _remove(index: dict[Any, list[str]], key: Any, name: str) -> None:
-    names = index.get(key)
-    if names is not None:
-        if name in names:
-            names.remove(name)
-        if not names:
             del index[key]
 
 

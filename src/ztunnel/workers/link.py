@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from hbone.daemon import logs
-from ztunnel.workers.wire import MAX_TO_PARENT, Decoder, Kind, Message, WireError
+from ztunnel.workers.wire import CONFIRMED, MAX_TO_PARENT, Decoder, Kind, Message, WireError
 
 if TYPE_CHECKING:
     import socket
@@ -67,10 +67,10 @@ class Link:
         """How it ended: its exit code, or a signal below zero; None: it has not, or nobody knows."""
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
         self._fetch = fetch
-        self._out: collections.deque[bytes | tuple[int, Generator[None, None, bytes]]] = collections.deque()
+        self._out: collections.deque[bytes | tuple[int, Generator[None, None, list[bytes]]]] = collections.deque()
         self._more = trio.Event()
         self._sent = 0
-        self._done = 0
+        self._unconfirmed: set[int] = set()
         self._heard = trio.Event()
         self._asked: dict[int, _Waiting] = {}
 
@@ -79,19 +79,22 @@ class Link:
     def send(self, kind: Kind, body: bytes = b"") -> int:
         """Queue a message; its number, to wait for by `confirmed`."""
         self._sent += 1
+        if kind in CONFIRMED:
+            self._unconfirmed.add(self._sent)
         if self.alive:
             self._out.append(Message(kind, self._sent, body).encode())
             self._more.set()
         return self._sent
 
-    def send_snapshot(self, work: Generator[None, None, bytes]) -> int:
+    def send_snapshot(self, work: Generator[None, None, list[bytes]]) -> int:
         """Queue the mesh as it is now; it is put together in slices, and what follows comes after it."""
         self._sent += 1
         number = self._sent
+        self._unconfirmed.add(number)
         try:
             next(work)  # from here on it holds the state of this moment
         except StopIteration as done:
-            self._out.append(Message(Kind.SNAPSHOT, number, done.value).encode())
+            self._out.append(Message(Kind.SNAPSHOT, number, b"".join(done.value)).encode())
         else:
             self._out.append((number, work))
         self._more.set()
@@ -100,9 +103,9 @@ class Link:
     async def confirmed(self, number: int, seconds: float) -> bool:
         """Wait until it said that a message is in force; False when it ended, or said nothing in time."""
         with trio.move_on_after(seconds):
-            while self.alive and self._done < number:
+            while self.alive and number in self._unconfirmed:
                 await self._heard.wait()
-        return self._done >= number
+        return number not in self._unconfirmed
 
     async def ask(self, what: str, seconds: float) -> bool:
         """Have `report` brought up to date; False when no answer came in time."""
@@ -193,7 +196,7 @@ class Link:
     def _take(self, message: Message) -> None:
         kind = message.kind
         if kind is Kind.DONE:
-            self._done = max(self._done, message.number)
+            self._unconfirmed.discard(message.number)
             self._notify()
         elif kind is Kind.SERIES:
             self.page.announced(message.body)
@@ -215,10 +218,10 @@ class Link:
         self._heard = trio.Event()
 
 
-async def _finish(number: int, work: Generator[None, None, bytes]) -> bytes:
+async def _finish(number: int, work: Generator[None, None, list[bytes]]) -> bytes:
     while True:
         try:
             next(work)
         except StopIteration as done:
-            return Message(Kind.SNAPSHOT, number, done.value).encode()
+            return Message(Kind.SNAPSHOT, number, b"".join(done.value)).encode()
         await trio.lowlevel.checkpoint()

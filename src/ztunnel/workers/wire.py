@@ -76,8 +76,8 @@ class Kind(enum.IntEnum):
     """Of a worker: the answer to the REPORT of this number."""
 
 
-IN_ORDER = frozenset({Kind.SNAPSHOT, Kind.DELTA, Kind.IDENTITY, Kind.REVOCATIONS, Kind.ACCEPT})
-"""What a worker does one after the other, and answers by DONE."""
+CONFIRMED = frozenset({Kind.SNAPSHOT, Kind.DELTA, Kind.IDENTITY, Kind.REVOCATIONS, Kind.ACCEPT})
+"""What a worker answers by DONE once it is in force."""
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
 import socket
 import time
@@ -18,26 +19,31 @@ import trio
 from hbone.daemon import logs
 from ztunnel import heap, jsonstream
 from ztunnel.control.apply import apply
+from ztunnel.control.lanes import Lanes
+from ztunnel.control.pace import Pace, QuietCollector, settle
+from ztunnel.control.response import read
 from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import FETCH_TIMEOUT, NoCertificate
 from ztunnel.dataplane import Dataplane, Reactor
 from ztunnel.jsonstream import Rows
 from ztunnel.logs import AccessLog
-from ztunnel.mesh import Store
+from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, Store
 from ztunnel.profiler import Busy, sample
-from ztunnel.wire import discovery_pb2
 from ztunnel.workers.book import WorkerMetrics
 from ztunnel.workers.process import call_ourselves, end_with
-from ztunnel.workers.wire import IN_ORDER, MAX_TO_WORKER, Decoder, Kind, Message, unpack_identity
+from ztunnel.workers.wire import CONFIRMED, MAX_TO_WORKER, Decoder, Kind, Message, unpack_identity
 
 if TYPE_CHECKING:
     from hbone.identity import Identity, SpiffeId
     from ztunnel.config import Config
+    from ztunnel.control.response import Response
     from ztunnel.mesh import Change
 
 __all__ = ["Setup", "Worker", "main"]
 
 READ_SIZE = 256 * 1024
+
+_OWN_LANES = {Kind.IDENTITY: "identity", Kind.REVOCATIONS: "revocations"}
 
 log = logs.get_logger("ztunnel.workers")
 
@@ -140,6 +146,7 @@ class Worker:
         self.setup = setup
         self.number = number
         self.store = Store()
+        self._pace = Pace(collector=QuietCollector())
         self.metrics = WorkerMetrics(memory, self._announce)
         self.identity = ReceivedIdentity(lambda: self._send(Message(Kind.FETCH)))
         self.revocations = Revocations()
@@ -198,7 +205,7 @@ class Worker:
         with contextlib.suppress(trio.BrokenResourceError):
             while data := await stream.receive_some(READ_SIZE):
                 for message in decoder.receive_data(bytes(data)):
-                    if message.kind in IN_ORDER:
+                    if message.kind in CONFIRMED:
                         self._work.send_nowait(message)
                     else:
                         self._obey(message)
@@ -233,24 +240,48 @@ class Worker:
         return range(number, len(self._others), self.setup.workers)
 
     async def _change(self) -> None:
-        async for message in self._changes:
-            kind = message.kind
-            if kind is Kind.SNAPSHOT:
-                self._restore(message.body)
-            elif kind is Kind.DELTA:
-                await apply(self.store, discovery_pb2.DeltaDiscoveryResponse.FromString(message.body))
-                await self._checked()
-            elif kind is Kind.IDENTITY:
-                self.identity.received(message.body)
-            elif kind is Kind.REVOCATIONS:
-                await self.revocations.received_all(message.body)
-                await self._recalled()
-            elif kind is Kind.ACCEPT and not (self._released or self._drain.is_set()):
-                self.dataplane.start()
-                for share in self._shares_of(self.number)[1:]:
-                    self.dataplane.cover(share, self._others[share])
-            log.debug("change in force", worker=self.number, what=kind.name.lower(), bytes=len(message.body))
-            self._send(Message(Kind.DONE, message.number))
+        """Put in force what the parent says, in its order but for what may overtake."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(settle, self.store, self._pace)
+            lanes = Lanes(nursery)
+            async for message in self._changes:
+                kind = message.kind
+                if kind is Kind.DELTA:
+                    response = await read(message.body, self._pace)
+                    url = response.type_url
+                    after = lanes.after(url, removes=bool(response.removed))
+                    lanes.start(functools.partial(self._apply, message, response), (url,), after)
+                elif kind in (Kind.SNAPSHOT, Kind.ACCEPT):
+                    lanes.start(
+                        functools.partial(self._obey_change, message),
+                        (ADDRESS_TYPE, AUTHORIZATION_TYPE, *_OWN_LANES.values()),
+                    )
+                else:
+                    lanes.start(functools.partial(self._obey_change, message), (_OWN_LANES[kind],))
+
+    async def _apply(self, message: Message, response: Response) -> None:
+        await apply(self.store, response, self._pace)
+        await self._checked()
+        self._confirm(message)
+
+    async def _obey_change(self, message: Message) -> None:
+        kind = message.kind
+        if kind is Kind.SNAPSHOT:
+            self._restore(message.body)
+        elif kind is Kind.IDENTITY:
+            self.identity.received(message.body)
+        elif kind is Kind.REVOCATIONS:
+            await self.revocations.received_all(message.body)
+            await self._recalled()
+        elif kind is Kind.ACCEPT and not (self._released or self._drain.is_set()):
+            self.dataplane.start()
+            for share in self._shares_of(self.number)[1:]:
+                self.dataplane.cover(share, self._others[share])
+        self._confirm(message)
+
+    def _confirm(self, message: Message) -> None:
+        log.debug("change in force", worker=self.number, what=message.kind.name.lower(), bytes=len(message.body))
+        self._send(Message(Kind.DONE, message.number))
 
     def _restore(self, snapshot: bytes) -> None:
         text = self.setup.config.local_xds
@@ -260,6 +291,7 @@ class Worker:
             local.load(text).apply(self.store)
         if snapshot:
             self.store.restore(snapshot)
+            self._pace.set_aside()
 
     async def _checked(self) -> None:
         """Wait until every live connection was asked about by the policies as they are now."""

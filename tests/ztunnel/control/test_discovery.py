@@ -355,7 +355,7 @@ async def test_restart_from_a_snapshot_has_every_policy_and_tells_its_versions(
         stream.respond(AUTHORIZATION_TYPE, [policy("q")], nonce="b2")
         await stream.request()
         nursery.cancel_scope.cancel()
-    second.client.restore(await first.client.snapshot(), START - 500)
+    second.client.restore(b"".join(await first.client.snapshot()), START - 500)
     assert set(second.store.policies) == {"shop/p", "shop/q"}
     assert set(second.store.workloads) == {"c1//Pod/shop/web"}
     assert second.client.status().stale_since == START - 500
@@ -456,3 +456,32 @@ async def test_revocation_lists_are_taken_acknowledged_and_refused(
     assert {(answer.type_url, answer.response_nonce) for answer in answers} == {(REVOCATION_TYPE, "r")}
     assert not bench.client.ready.is_set()  # the picture of the mesh is what it waits for
     assert bench.client.status().rejected == 1
+
+
+async def test_changed_policy_is_in_force_before_a_crowd_that_came_first(
+    autojump_clock: trio.testing.MockClock, bench: Bench
+) -> None:
+    stream = await bench.synced()
+    crowd = [workload(f"w{n}", n) for n in range(3000)]
+    stream.respond(ADDRESS_TYPE, crowd, nonce="a2")
+    stream.respond(AUTHORIZATION_TYPE, [policy("q")], nonce="b2")
+    stream.respond(AUTHORIZATION_TYPE, [policy("r")], removed=["shop/p"], nonce="b3")
+    assert (await stream.request()).response_nonce == "b2"
+    assert set(bench.store.policies) == {"shop/p", "shop/q"}
+    assert len(bench.store.workloads) == 1
+    assert (await stream.request()).response_nonce == "a2"
+    assert len(bench.store.workloads) == 3001
+    assert "shop/p" in bench.store.policies  # those of before might have named it
+    assert (await stream.request()).response_nonce == "b3"
+    assert set(bench.store.policies) == {"shop/q", "shop/r"}
+
+
+async def test_what_was_heard_is_in_force_before_the_stream_is_opened_again(
+    autojump_clock: trio.testing.MockClock, bench: Bench
+) -> None:
+    stream = await bench.synced()
+    stream.respond(ADDRESS_TYPE, [workload(f"w{n}", n) for n in range(3000)], nonce="a2")
+    stream.fail(GrpcError(StatusCode.UNAVAILABLE, "transport is closing"))
+    opening = await (await bench.control.next_stream()).opening()
+    assert len(bench.store.workloads) == 3001
+    assert len(opening[ADDRESS_TYPE].initial_resource_versions) == 3001
