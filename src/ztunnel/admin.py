@@ -12,8 +12,10 @@ import attrs
 import trio
 
 from hbone.daemon import logs
+from hbone.daemon.loglevels import Levels
 from hbone.errors import ConfigurationError
 from ztunnel import debugpages, jsonstream
+from ztunnel.logscopes import SCOPES
 from ztunnel.pages import Page, router
 
 if TYPE_CHECKING:
@@ -29,14 +31,15 @@ PAGES = (
     ("/config_dump", "everything that is known: workloads, services, policies, certificates, settings"),
     ("/status", "the short view that `ztunnel status` prints"),
     ("/explain?destination=HOST:PORT&from=WORKLOAD", "what the mesh does with a connection, step by step"),
-    ("/logging", "POST ?level=debug changes the log level, GET shows it"),
+    ("/logging", "POST ?level=info,dns=debug changes log levels, GET shows them"),
     ("/quitquitquit", "POST drains and ends the process"),
     *debugpages.PAGES,
 )
 LOGGING_USAGE = """\
 usage: POST /logging\t\t\t\t(To show the current log level)
        POST /logging?level=<level>\t\t(To change it: off, error, warn, info, debug or trace)
-       POST /logging?reset\t\t\t(To go back to the level at the start)
+       POST /logging?level=<scope>=<level>\t(The same for one scope; several with commas between)
+       POST /logging?reset\t\t\t(To go back to the level at the start; together with level: before it)
 """
 
 
@@ -91,7 +94,7 @@ class Readiness:
 
 def admin_app(view: AdminView) -> App:
     """The admin pages. Source: Istio's ztunnel, admin server."""
-    start_level = logs.current_level()
+    start_levels = logs.current_levels()
 
     async def index(_: Request) -> Page:
         rows = "".join(
@@ -124,19 +127,16 @@ def admin_app(view: AdminView) -> App:
             return Page.text(f"current log level is {logs.current_level()}\n")
         if request.method != "POST":
             return Page.text(f"Invalid HTTP method\n{LOGGING_USAGE}", 405)
-        before = logs.current_level()
-        if "reset" in request.query:
-            logs.set_level(start_level)
-        level = request.query.get("level", "")
-        if level:
-            try:
-                logs.set_level(level)
-            except ConfigurationError:
-                logs.set_level(before)
-                return Page.text(f"Invalid level provided: {level[:100]}\n{LOGGING_USAGE}", 400)
-        if logs.current_level() != before:
+        levels = start_levels if "reset" in request.query else logs.current_levels()
+        try:
+            levels = levels.plus(Levels.parse(request.query.get("level", ""), SCOPES))
+        except ConfigurationError as error:
+            level = request.query["level"][:100]
+            return Page.text(f"Invalid level provided: {level}\n{error}\n{LOGGING_USAGE}", 400)
+        if levels != logs.current_levels():
+            logs.set_level(levels)
             view.level_changed()
-        return Page.text(f"current log level is {logs.current_level()}\n")
+        return Page.text(f"current log level is {levels}\n")
 
     async def quit_(request: Request) -> Page:
         if request.method != "POST":

@@ -28,6 +28,7 @@ from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import enroll, settings
 from ztunnel.control.transport import ControlPlaneError, RootSource, ServerAddress, TokenSource, Unreachable
 from ztunnel.given import from_systemd
+from ztunnel.logscopes import read_levels
 from ztunnel.takeover import TakeOverFailed
 from ztunnel.wire.token import MAX_TOKEN_LENGTH, parse_enrolment_token
 
@@ -128,7 +129,8 @@ def _run(arguments: argparse.Namespace) -> int:
     given = from_systemd(os.environ)
     terminal = sys.stdout.isatty()
     format_ = config.log_format if config.log_format != "auto" else "console" if terminal else "json"
-    logs.configure(format_, config.log_level)  # type: ignore[arg-type]  # the settings allow these names only
+    levels, _ = read_levels(config.log_level)
+    logs.configure(format_, levels)  # type: ignore[arg-type]  # the settings allow these names only
     state = _state(config, join=arguments.take_over)
     from ztunnel import app
 

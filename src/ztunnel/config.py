@@ -19,7 +19,6 @@ from ztunnel.environment import (
     parse_bool,
     parse_cores,
     parse_int,
-    parse_log_level,
     parse_optional_path,
     parse_path,
     parse_port,
@@ -29,6 +28,7 @@ from ztunnel.environment import (
     parse_url,
     setting,
 )
+from ztunnel.logscopes import read_levels
 from ztunnel.settings import read_settings, supported_variables
 
 if TYPE_CHECKING:
@@ -288,8 +288,8 @@ class Config:
     log_level: str = setting(
         "info",
         env="RUST_LOG",
-        parse=lambda value: parse_log_level(value)[0],
-        meaning="trace, debug, info, warn, error or off; levels of single parts are ignored with a warning",
+        parse=lambda value: str(read_levels(value)[0]),
+        meaning="trace, debug, info, warn, error or off, and others for single scopes: `info,access=debug`",
     )
 
     bind_address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = setting(  # noqa: RUF009 - it is attrs.field

@@ -32,7 +32,6 @@ __all__ = [
     "parse_cores",
     "parse_grace",
     "parse_int",
-    "parse_log_level",
     "parse_optional_path",
     "parse_path",
     "parse_port",
@@ -217,22 +216,6 @@ def setting(
         repr=not secret,
         metadata={"env": env, "parse": parse, "meaning": meaning, "shown": shown or '""', "secret": secret},
     )
-
-
-_LEVELS = ("trace", "debug", "info", "warn", "error", "off")
-
-
-def parse_log_level(value: str) -> tuple[str, list[str]]:
-    """The level of a filter such as `info,access=debug`, and its parts that are not applied."""
-    level, ignored = "info", []
-    for part in filter(None, (part.strip() for part in value.split(","))):
-        if "=" in part:
-            ignored.append(part)
-        elif part.lower() in _LEVELS:
-            level = part.lower()
-        else:
-            raise ValueError(f"expected one of {', '.join(_LEVELS)}")
-    return level, ignored
 
 
 def invalid(name: str, value: str, why: object) -> ConfigurationError:

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from hbone.connect import Baggage
-from hbone.daemon.logs import ADDRESS, COUNT, MILLISECONDS, Bare, Lines, debugging, get_logger
+from hbone.daemon.logs import ADDRESS, COUNT, MILLISECONDS, Bare, Lines, get_logger
 from ztunnel.errors import address_text
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class AccessLog:
 
     def opened(self, record: AccessRecord) -> None:
         """A connection's record was made; a line at debug level only."""
-        if debugging():
+        if self._log.debugs:
             self._log.debug("connection opened", **record.fields())
 
     def complete(
@@ -207,7 +207,7 @@ class AccessLog:
 
     def decision(self, decision: Decision) -> None:
         """How the policies decided, dry runs included."""
-        if self._policy_level == "debug" and not debugging():
+        if self._policy_level == "debug" and not self._policy.debugs:
             return
         for message, policy in decision.dry_run:
             self._policy.log(self._policy_level, message, **({"policy": policy} if policy else {}))

@@ -10,13 +10,13 @@ from ztunnel.environment import (
     exactly_true,
     invalid,
     parse_grace,
-    parse_log_level,
     parse_url,
     parse_variable,
     prefixed,
     read_headers,
     read_json_metadata,
 )
+from ztunnel.logscopes import read_levels
 from ztunnel.proxyconfig import read_dns, read_proxy_config
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def read_settings(fields: Fields, environ: Mapping[str, str], directory: Path) -
             values[field.name] = parse_variable(environ, variable, field.metadata["parse"], field, secret=secret)
     if "CLUSTER_ID" in metadata:
         values["cluster_id"] = metadata["CLUSTER_ID"]
-    for part in parse_log_level(environ.get("RUST_LOG", ""))[1]:
-        warnings.append(f"RUST_LOG part {part!r} does nothing here: one level holds for all parts")
+    warnings += read_levels(environ.get("RUST_LOG", ""))[1]
     if "local_xds" in values and "local_xds_path" in values:
         raise ConfigurationError("LOCAL_XDS and LOCAL_XDS_PATH are both set; keep one of them")
     if values.get("enable_proxy") is False:

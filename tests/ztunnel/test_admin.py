@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.support.daemon import policy, running, workload
 
+import ztunnel
 from hbone.daemon import logs
+from hbone.daemon.loglevels import LEVELS
 from ztunnel.admin import Readiness
+from ztunnel.logscopes import SCOPES, read_levels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+SRC = pathlib.Path(ztunnel.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +76,48 @@ async def test_log_level_changes_by_post_only() -> None:
         assert logs.current_level() == "debug"
         assert await ztunnel.http("admin", "/logging?reset", "POST") == (200, f"current log level is {before}\n")
         assert (await ztunnel.http("admin", "/logging", "PUT"))[0] == 405
+
+
+async def test_levels_of_scopes_are_added_and_a_later_one_replaces_its_like() -> None:
+    logs.set_level("info")
+    async with running() as ztunnel:
+        for query, levels in (
+            ("level=ztunnel::xds=debug", "info,ztunnel::xds=debug"),
+            ("level=dns=warn,access=error", "info,ztunnel::xds=debug,dns=warn,access=error"),
+            ("reset&level=access=debug,info", "access=debug,info"),
+            ("level=access=trace", "info,access=trace"),
+            ("reset&level=debug", "debug"),
+            ("reset", "info"),
+        ):
+            answer = await ztunnel.http("admin", f"/logging?{query}", "POST")
+            assert answer == (200, f"current log level is {levels}\n")
+        for query, why in (
+            ("level=nothing=debug", "no log scope is called 'nothing'; there are access, dns,"),
+            ("level=access", "log level is 'access'; it must be one of"),
+            ("level=access=loud", "log level is 'loud'; it must be one of"),
+        ):
+            code, text = await ztunnel.http("admin", f"/logging?{query}", "POST")
+            assert code == 400
+            assert why in text.splitlines()[1]
+        assert logs.current_level() == "info"
+
+
+def test_every_logger_has_a_scope() -> None:
+    found = set()
+    for path in [*SRC.glob("ztunnel/**/*.py"), *SRC.glob("hbone/**/*.py")]:
+        found |= set(re.findall(r'get_logger\(\s*"([^"]+)"', path.read_text()))
+    assert found == set(SCOPES.names)
+    for targets in SCOPES.aliases.values():
+        assert set(targets) <= found
+
+
+def test_ztunnels_names_of_scopes_stand_for_ours() -> None:
+    levels, complaints = read_levels("warn,ztunnel::xds=debug,ztunnel::proxy::inbound=trace,hickory_server::server=off")
+    assert levels.of("ztunnel.control.discovery") == LEVELS["debug"]
+    assert levels.of("ztunnel.dataplane") == LEVELS["trace"]
+    assert levels.of("dns") == LEVELS["warn"]
+    assert len(complaints) == 1
+    assert read_levels("ztunnel=debug")[0].of("access") == LEVELS["info"]
 
 
 async def test_quit_needs_a_post() -> None:

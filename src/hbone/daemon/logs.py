@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 import structlog
 
+from hbone.daemon.loglevels import LEVELS, Levels
 from hbone.daemon.logtext import (
     Bare,
     console,
@@ -44,7 +45,7 @@ __all__ = [
     "configure",
     "current_format",
     "current_level",
-    "debugging",
+    "current_levels",
     "flush",
     "get_logger",
     "set_level",
@@ -54,19 +55,14 @@ __all__ = [
 
 Format = Literal["plain", "json", "console"]
 
-LEVELS: Final[Mapping[str, int]] = {
-    "trace": 5,
-    "debug": 10,
-    "info": 20,
-    "warn": 30,
-    "warning": 30,
-    "error": 40,
-    "off": 100,
-}
-
 
 class Logger(structlog.BoundLoggerBase):
     """A structlog logger whose level can change while it is in use; a line below it costs one comparison."""
+
+    @property
+    def debugs(self) -> bool:
+        """Whether its lines at debug level are written."""
+        return bool(self._logger.level <= 10)
 
     def _emit(self, method: str, event: str, fields: dict[str, Any]) -> None:
         if self._processors is not _PROCESSORS:  # the program has its own
@@ -79,27 +75,27 @@ class Logger(structlog.BoundLoggerBase):
 
     def trace(self, event: str, **fields: Any) -> None:
         """Log for whoever follows single frames."""
-        if _state.level <= 5:
+        if self._logger.level <= 5:
             self._emit("trace", event, fields)
 
     def debug(self, event: str, **fields: Any) -> None:
         """Log for whoever looks for a fault."""
-        if _state.level <= 10:
+        if self._logger.level <= 10:
             self._emit("debug", event, fields)
 
     def info(self, event: str, **fields: Any) -> None:
         """Log what an operator wants to know in normal operation."""
-        if _state.level <= 20:
+        if self._logger.level <= 20:
             self._emit("info", event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
         """Log that a peer misbehaved, or that something works less well than it should."""
-        if _state.level <= 30:
+        if self._logger.level <= 30:
             self._emit("warning", event, fields)
 
     def error(self, event: str, **fields: Any) -> None:
         """Log that we failed."""
-        if _state.level <= 40:
+        if self._logger.level <= 40:
             self._emit("error", event, fields)
 
     def exception(self, event: str, **fields: Any) -> None:
@@ -132,7 +128,7 @@ class Logger(structlog.BoundLoggerBase):
 
     def log(self, level: str, event: str, **fields: Any) -> None:
         """Log at the level of that name."""
-        if _state.level <= LEVELS[level]:
+        if self._logger.level <= LEVELS[level]:
             self._emit(level, event, fields)
 
 
@@ -171,10 +167,11 @@ class Lines:
         fields: In order, with a `Slot` where each line has a value of its own.
     """
 
-    __slots__ = ("_epoch", "_event", "_fields", "_level", "_logger", "_method", "_text")
+    __slots__ = ("_end", "_epoch", "_event", "_fields", "_level", "_logger", "_method", "_text")
 
     def __init__(self, logger: Logger, method: str, event: str, fields: dict[str, Any]) -> None:
         self._logger = logger
+        self._end: _Named = logger._logger
         self._method = method
         self._level = LEVELS[method]
         self._event = event
@@ -184,7 +181,7 @@ class Lines:
 
     def write(self, *values: Any) -> None:
         """Write the line with these values, one for each slot in order."""
-        if _state.level > self._level:
+        if self._end.level > self._level:
             return
         if self._epoch != _state.epoch:
             self._epoch = _state.epoch
@@ -202,12 +199,13 @@ class Lines:
 
 
 class _Named:
-    """The end of a logger: its name, and where rendered lines go."""
+    """The end of a logger: its name, its level, and where rendered lines go. All loggers of a name share one."""
 
-    __slots__ = ("name",)
+    __slots__ = ("level", "name")
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str, level: int) -> None:
         self.name = name
+        self.level = level
 
     def trace(self, line: str) -> None:
         _state.write(self.name, logging.DEBUG, line)
@@ -229,7 +227,8 @@ class _State:
     """What `configure` chose; one per process. Until then lines go to the standard library's loggers."""
 
     def __init__(self) -> None:
-        self.level = LEVELS["info"]
+        self.levels = Levels()
+        self.ends: dict[str, _Named] = {}
         self.writer: Writer | None = None
         self.render: Renderer = render_message
         self.render_fields: Callable[[Mapping[str, Any]], str] | None = None
@@ -246,16 +245,22 @@ class _State:
 
     def render_dropped(self, count: int) -> str:
         fields = {"event": "log lines dropped: standard output is not being read", "count": count, "time": timestamp()}
-        return self.render(_Named("logs"), "warning", fields)
+        return self.render(self.end("logs"), "warning", fields)
+
+    def end(self, name: str = "") -> _Named:
+        found = self.ends.get(name)
+        if found is None:
+            found = self.ends[name] = _Named(name, self.levels.of(name))
+        return found
 
 
-def configure(format: Format = "plain", level: str = "info", *, stream: TextIO | None = None) -> None:  # noqa: A002
+def configure(format: Format = "plain", level: str | Levels = "info", *, stream: TextIO | None = None) -> None:  # noqa: A002
     """Send the logs of this process, structlog's and the standard library's warnings, to standard output.
 
     Args:
         format: `plain` (time, level, target, message, fields; between tabs), `json` (an object a line),
             or `console` (for people; coloured on a terminal).
-        level: `trace`, `debug`, `info`, `warn`, `error` or `off`.
+        level: `trace`, `debug`, `info`, `warn`, `error` or `off`, and others for single scopes.
         stream: where to instead of standard output.
 
     Raises:
@@ -276,7 +281,7 @@ def configure(format: Format = "plain", level: str = "info", *, stream: TextIO |
     _state.render_fields = {"plain": plain_fields, "json": json_fields}.get(format)
     _state.writer = Writer(output, _state.render_dropped)
     structlog.configure(
-        processors=_PROCESSORS, wrapper_class=Logger, logger_factory=_Named, cache_logger_on_first_use=True
+        processors=_PROCESSORS, wrapper_class=Logger, logger_factory=_state.end, cache_logger_on_first_use=True
     )
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, _FromStandardLibrary)]:
@@ -290,19 +295,21 @@ def get_logger(target: str, **fields: Any) -> Logger:
     It may be made and used before `configure`; then its lines go to the standard library's logger of that name,
     so a program that embeds us sees them where it sees others.
     """
-    return Logger(_Named(target), _PROCESSORS, dict(fields))
+    return Logger(_state.end(target), _PROCESSORS, dict(fields))
 
 
-def set_level(level: str) -> None:
+def set_level(level: str | Levels) -> None:
     """Log what is at `level` or above from now on.
+
+    Args:
+        level: for all, or a list such as `info,ztunnel.dns=debug`.
 
     Raises:
         ConfigurationError: no level has this name.
     """
-    name = level.strip().lower()
-    if name not in LEVELS:
-        raise ConfigurationError(f"log level is {level!r}; it must be one of {', '.join(LEVELS)}")
-    _state.level = LEVELS[name]
+    _state.levels = level if isinstance(level, Levels) else Levels.parse(level)
+    for name, end in _state.ends.items():
+        end.level = _state.levels.of(name)
 
 
 def current_format() -> Format:
@@ -311,13 +318,13 @@ def current_format() -> Format:
 
 
 def current_level() -> str:
-    """The name of the level in force."""
-    return next(name for name, value in LEVELS.items() if value == _state.level)
+    """The levels in force, as `set_level` takes them."""
+    return str(_state.levels)
 
 
-def debugging() -> bool:
-    """Whether lines at debug level are written; costs less than `current_level`."""
-    return _state.level <= 10
+def current_levels() -> Levels:
+    """The same, with what their scopes stand for."""
+    return _state.levels
 
 
 def flush(timeout: float = 1.0) -> bool:

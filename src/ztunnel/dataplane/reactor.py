@@ -52,7 +52,7 @@ _HANDSHAKE_SECONDS = 0.001
 _TURNS_PER_CHECKPOINT = 32
 _SWEEP_SECONDS = 1.0
 
-_log = structlog.get_logger("dataplane")
+_log = structlog.get_logger("ztunnel.dataplane")
 
 
 class Timer:

@@ -27,7 +27,7 @@ import attrs
 import dns.rcode
 import trio
 
-from hbone.daemon.logs import debugging, get_logger
+from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
 from ztunnel.dns.answer import Result, Zone, decide, zone_of
 from ztunnel.dns.forward import Forwarder, Unanswered
@@ -401,7 +401,7 @@ class DnsProxy:
         self._metrics.dns_request(type_name(query), _protocol(datagram), workload)
 
     def _log(self, query: Query, workload: Workload | None, result: str, records: int) -> None:
-        if debugging():
+        if log.debugs:
             fields: dict[str, Any] = {}
             if workload is not None:
                 fields = {"src.workload": workload.name, "src.namespace": workload.namespace}

@@ -27,6 +27,7 @@ from ztunnel.control.svids import FETCH_TIMEOUT, NoCertificate
 from ztunnel.dataplane import Dataplane, Reactor
 from ztunnel.jsonstream import Rows
 from ztunnel.logs import AccessLog
+from ztunnel.logscopes import read_levels
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, Store
 from ztunnel.profiler import Busy, sample
 from ztunnel.workers.book import WorkerMetrics
@@ -229,7 +230,7 @@ class Worker:
             self._released = True
             self.dataplane.release()
         elif kind is Kind.LEVEL:
-            logs.set_level(body.decode())
+            logs.set_level(read_levels(body.decode())[0])
         elif kind is Kind.TRACE:
             heap.trace(bool(body))
         elif kind is Kind.DRAIN:
@@ -401,7 +402,7 @@ def main(setup: Setup, number: int, sock: socket.socket, memory: int) -> int:
         return 1  # the parent ended before we began
     call_ourselves(f"ztunnel-work-{number}")
     logs.share_output(setup.output_lock)
-    logs.configure(setup.log_format, setup.config.log_level)  # type: ignore[arg-type]  # the parent's own
+    logs.configure(setup.log_format, read_levels(setup.config.log_level)[0])  # type: ignore[arg-type]  # the parent's own
     reactor = Reactor()
     try:
         worker = Worker(setup, number, sock, memory, reactor)

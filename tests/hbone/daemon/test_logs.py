@@ -175,6 +175,45 @@ def test_levels_are_compared_before_anything_is_made() -> None:
     assert [line.split("\t")[3] for line in lines(out)] == ["seen", "seen too"]
 
 
+def test_a_scope_has_a_level_of_its_own_and_the_longest_counts() -> None:
+    before = logs.get_logger("a.b.c")
+    out = written(level="warn,a=info,a.b=debug,a.b.c.d=off")
+    for name, method in (
+        ("a", "debug"),
+        ("a", "info"),
+        ("a.b", "debug"),
+        ("a.bb", "debug"),
+        ("a.b.c.d.e", "error"),
+        ("b", "info"),
+        ("b", "warning"),
+    ):
+        getattr(logs.get_logger(name), method)(f"{name} {method}")
+    before.bind(x=1).debug("made before")
+    structlog.get_logger("a.b.c").debug("by structlog")
+    seen = [line.split("\t")[3] for line in lines(out)]
+    assert seen == ["a info", "a.b debug", "b warning", "made before", "by structlog"]
+    assert before.debugs
+    logs.set_level("error")
+    before.warning("hidden")
+    logs.Lines(before, "info", "hidden", {}).write()
+    assert len(lines(out)) == 5
+    assert not before.debugs
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a=loud", "level is 'loud'"),
+        ("a b=info", "scope is 'a b'"),
+        ("=info", "scope is ''"),
+        ("info," * 101, "101 log levels are told"),
+    ],
+)
+def test_levels_that_cannot_be_read_are_refused(text: str, why: str) -> None:
+    with pytest.raises(ConfigurationError, match=why):
+        logs.set_level(text)
+
+
 @pytest.mark.parametrize("bad", [{"format": "xml"}, {"level": "loud"}])
 def test_an_unknown_format_or_level_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="must be"):
