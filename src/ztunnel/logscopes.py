@@ -23,6 +23,7 @@ SCOPES: Final = Scopes(
         "ztunnel.embed",
         "ztunnel.membership",
         "ztunnel.mesh.rbac",
+        "ztunnel.takeover",
         "ztunnel.workers",
     ),
     aliases={
