@@ -95,6 +95,7 @@ _shtab_miniistiod_init_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--state[private directory (0700) of the root, tokens, register]:DIR:_files -/"
   "--trust-domain[(cluster.local)]:TD:"
+  "--ca-dir[a CA of yours\: ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem\; else a root of its own]:DIR:_files -/"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -221,6 +222,7 @@ _shtab_miniistiod_token_renew_defaults_added=0
 _shtab_miniistiod_token_revoke_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--state[private directory (0700) of the root, tokens, register]:DIR:_files -/"
+  "--certificates[take back what it got too, with all that was renewed from it\; its machines leave the mesh]"
   ":ID:"
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from miniistiod.api import Api
 from miniistiod.authority import Authority
 from miniistiod.mesh import Mesh
 from miniistiod.metrics import Metrics
-from miniistiod.plugged import CaDirectory
+from miniistiod.plugged import CaDirectory, new_state
 from miniistiod.resources import load
 from miniistiod.server_certificate import ServerTls, names_of_host
 from miniistiod.store import ADMIN_SOCKET, DATABASE, Store, locked
@@ -51,12 +50,7 @@ def open_state(config: Config) -> Store:
         if wanted is None:
             with contextlib.suppress(ConfigurationError):
                 wanted = load(watch.read(config.config_dir)).mesh.trust_domain
-        return Store.create(
-            config.state_dir,
-            DEFAULT_TRUST_DOMAIN if wanted is None else wanted,
-            datetime.datetime.now(datetime.UTC),
-            root=config.ca_dir is None,
-        )
+        return new_state(config.state_dir, DEFAULT_TRUST_DOMAIN if wanted is None else wanted, config.ca_dir)
     store = Store.open(config.state_dir)
     if config.trust_domain not in (None, store.trust_domain):
         found = store.trust_domain
@@ -167,13 +161,17 @@ class MiniIstiod:
         config = self.config
         failure: Exception | None = None
         with contextlib.ExitStack() as stack:
+            issuers = _issuers(config)
+            if config.init and not (config.state_dir / DATABASE).exists():
+                for address in (config.listen, config.monitoring):  # else there is a root, and nobody to serve by it
+                    _close_all(await _listen(address))
             self.store = stack.enter_context(contextlib.closing(await trio.to_thread.run_sync(open_state, config)))
             stack.enter_context(locked(config.state_dir))
             self.authority = await trio.to_thread.run_sync(open_authority, config, self.store)
             self.mesh = Mesh(config, self.store, self._metrics)
             await self.mesh.restore()
             await self.mesh.reload()
-            self.api = Api(config, self.store, self.mesh, self._metrics, self.authority, _issuers(config))
+            self.api = Api(config, self.store, self.mesh, self._metrics, self.authority, issuers)
             await self.api.registrar.start()
             grpc = await _listen(config.listen)
             stack.callback(_close_all, grpc)

@@ -15,10 +15,11 @@ from hbone.commandline import CommandError, ExitCode, Parser, run
 from hbone.config import parse_duration
 from hbone.daemon import logs
 from miniistiod import commands_authority, commands_mesh, commands_tokens, watch
-from miniistiod.ca import DEFAULT_LIFETIME
+from miniistiod.ca import DEFAULT_LIFETIME, fingerprint
 from miniistiod.commandline import PROGRAM, add_command, add_state, example
 from miniistiod.config import Config, parse_address
-from miniistiod.store import DATABASE, ROOT_FILE, Store
+from miniistiod.plugged import new_state
+from miniistiod.store import DATABASE, ROOT_FILE
 
 if TYPE_CHECKING:
     import argparse
@@ -79,12 +80,7 @@ def _add_run(commands: Any) -> None:
     add_state(command)
     command.add_argument("--init", action="store_true", help="make the state and a new root if there is none")
     command.add_argument("--trust-domain", metavar="TD", help="with --init: the mesh's trust domain (cluster.local)")
-    command.add_argument(
-        "--ca-dir",
-        type=Path,
-        metavar="DIR",
-        help="a CA of yours: ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem; else a root of its own",
-    )
+    _add_ca_directory(command)
     command.add_argument(
         "--issuers", type=Path, metavar="FILE", help="issuers whose tokens (OIDC) are believed, and for whom; YAML"
     )
@@ -104,6 +100,15 @@ def _add_run(commands: Any) -> None:
     )
     command.add_argument("--log-format", choices=("plain", "json", "console"), help="console on a terminal, else plain")
     command.add_argument("--log-level", default="info", choices=("trace", "debug", "info", "warn", "error", "off"))
+
+
+def _add_ca_directory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ca-dir",
+        type=Path,
+        metavar="DIR",
+        help="a CA of yours: ca-cert.pem, ca-key.pem, cert-chain.pem, root-cert.pem; else a root of its own",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -159,18 +164,20 @@ def _add_init(commands: Any) -> None:
         "make the state of a new mesh: its root, ten years, P-256",
         _init,
         "miniistiod init --state /var/lib/miniistiod --trust-domain mesh.example.com",
+        "miniistiod init --state /var/lib/miniistiod --ca-dir /etc/miniistiod/ca",
     )
     add_state(command)
     command.add_argument("--trust-domain", default="cluster.local", metavar="TD", help="(cluster.local)")
+    _add_ca_directory(command)
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    with Store.create(arguments.state, arguments.trust_domain, datetime.datetime.now(datetime.UTC)) as store:
-        signer = store.signer()
+    with new_state(arguments.state, arguments.trust_domain, arguments.ca_dir) as store:
+        root = store.server_root()
         print(f"trust domain  {store.trust_domain}")
         print(f"root          {arguments.state / ROOT_FILE}")
-        print(f"root SHA-256  {signer.sha256.hex()}")
-        print(f"valid until   {signer.certificate.not_valid_after_utc:%Y-%m-%d}")
+        print(f"root SHA-256  {fingerprint(root)}")
+        print(f"valid until   {root.not_valid_after_utc:%Y-%m-%d}")
     return ExitCode.DONE
 
 

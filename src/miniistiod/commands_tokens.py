@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hbone.commandline import CommandError, ExitCode
 from hbone.config import parse_duration
 from hbone.daemon.files import write_private
-from miniistiod import issue_tokens
+from miniistiod import issue_tokens, revocation
 from miniistiod.commandline import add_command, add_state, say, show, table, when
 from miniistiod.store import Store
 
@@ -76,9 +76,15 @@ def add(commands: Any) -> None:
         "make a token worthless",
         _token_revoke,
         "miniistiod token revoke --state state/ 3f9c2a61d0b4",
+        "miniistiod token revoke --state state/ 3f9c2a61d0b4 --certificates",
     )
     add_state(revoke)
     revoke.add_argument("id", metavar="ID")
+    revoke.add_argument(
+        "--certificates",
+        action="store_true",
+        help="take back what it got too, with all that was renewed from it; its machines leave the mesh",
+    )
 
 
 def _add_output(command: Any) -> None:
@@ -187,10 +193,25 @@ def _token_json(item: TokenRecord, now: float) -> dict[str, Any]:
 
 
 def _token_revoke(arguments: argparse.Namespace) -> int:
+    now = time.time()
     with Store.open(arguments.state) as store:
-        if not store.revoke_token(arguments.id, time.time()):
+        if store.token(arguments.id) is None:
             raise CommandError(
                 f"there is no token {arguments.id!r}; 'miniistiod token list' shows them", code=ExitCode.NO
             )
+        if arguments.certificates:
+            found = store.revoke(now, token=arguments.id)
+            if store.plugged() is None:
+                revocation.publish(store, store.signers(), now)
+            say(f"{arguments.id} is revoked, and {len(found.certificates)} certificates that it got")
+            return ExitCode.DONE
+        store.revoke_token(arguments.id, now)
+        left = [item for item in store.certificates(now, token=arguments.id) if item.revoked is None]
     say(f"{arguments.id} is revoked")
+    if left:
+        end = max(item.expires for item in left)
+        say(
+            f"{len(left)} certificates that it got stay good, the last until {when(end)}, and can be renewed;"
+            f" 'miniistiod token revoke {arguments.id} --certificates' takes them back"
+        )
     return ExitCode.DONE

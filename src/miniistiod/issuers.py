@@ -4,12 +4,15 @@
 issuers:
 - issuer: https://idp.example.com         # must be the token's iss, letter by letter
   audiences: [istio-ca]                   # one of them must be in its aud
-  jwksUri: https://idp.example.com/keys   # or jwksFile: keys.json, beside this file
+  jwksUri: https://idp.example.com/keys   # or jwksFile: keys.json, beside this file; or neither: see below
   caFile: idp-root.pem                    # optional: the roots of that server, else the system's
   namespace: {claim: team}                # or {value: ci}; nested claims as [kubernetes.io, namespace]
   serviceAccount: {claim: app}
   namespaces: [ci, build]                 # optional: it speaks for no others
 ```
+
+With neither `jwksUri` nor `jwksFile` the issuer is asked for the place of its keys, at
+`ISSUER/.well-known/openid-configuration`, which must name the same issuer.
 
 Without `namespace` and `serviceAccount`, `sub` is `system:serviceaccount:NAMESPACE:ACCOUNT`, as a Kubernetes' tokens
 have it.
@@ -22,54 +25,31 @@ from __future__ import annotations
 import json
 import math
 import ssl
-import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import yaml
-from cryptography.exceptions import UnsupportedAlgorithm
 from joserfc import jws
 from joserfc.errors import JoseError, UnsupportedAlgorithmError
-from joserfc.jwk import ECKey, OKPKey, RSAKey
 
-from hbone.daemon.logs import get_logger
-from hbone.errors import ConfigurationError, HboneError
+from hbone.errors import ConfigurationError
+from miniistiod.jwks import MAX_JWKS, Discovered, Jwks, KeysError, check_url
 from miniistiod.resources.metadata import is_namespace, is_object_name
 from miniistiod.tokens import BadToken
 
 if TYPE_CHECKING:
-    import http.client
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["Issuer", "Issuers", "Jwks", "KeysError", "read_issuers"]
+__all__ = ["Issuer", "Issuers", "read_issuers"]
 
-_log = get_logger("miniistiod.issuers")
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519")
 """Signatures that only a private key can make; what verifies them cannot forge them."""
 MAX_TOKEN = 16 * 1024
 """Characters of a token."""
-MAX_JWKS = 1 << 20
-"""Bytes of a set of keys."""
-MAX_KEYS = 100
 LEEWAY = 60.0
 """Seconds by which clocks may differ."""
-REFRESH = 600.0
-"""Seconds after which keys are fetched again."""
-RETRY = 30.0
-"""Seconds between two fetches, however many tokens name a key that is not known."""
-STALE = 86_400.0
-"""Seconds for which keys are used while they cannot be fetched again."""
-FETCH_SECONDS = 5.0
-MIN_RSA_BITS = 2048
-_KINDS: dict[str, type[RSAKey | ECKey | OKPKey]] = {"RSA": RSAKey, "EC": ECKey, "OKP": OKPKey}
 _PREFIX = "system:serviceaccount:"
-
-_Key: TypeAlias = RSAKey | ECKey | OKPKey
 
 
 class _Registry(jws.JWSRegistry):
@@ -85,10 +65,6 @@ class _Registry(jws.JWSRegistry):
 
 
 _REGISTRY = _Registry(strict_check_header=False)
-
-
-class KeysError(HboneError):
-    """An issuer's keys cannot be had."""
 
 
 @attrs.frozen(kw_only=True)
@@ -108,139 +84,6 @@ class Mapped:
         if not isinstance(found, str) or not found:
             raise BadToken(f"a token whose claim {'.'.join(self.claim)!r} is missing or no text")
         return found
-
-
-class Jwks:
-    """The keys of an issuer, from a file or a URL; kept, and read again when they may have changed.
-
-    Args:
-        source: a file, or a URL.
-        ca_file: roots of the URL's server.
-        monotonic: seconds, for the age of what was fetched.
-    """
-
-    def __init__(
-        self, source: Path | str, ca_file: Path | None = None, *, monotonic: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._source = source
-        self._ca_file = ca_file
-        self._monotonic = monotonic
-        self._lock = threading.Lock()
-        self._keys: tuple[_Key, ...] = ()
-        self._good = -math.inf
-        self._tried = -math.inf
-        self._stamp: tuple[int, int, int] | None = None
-
-    def keys(self, key_id: str | None) -> list[_Key]:
-        """Keys that may have signed a token that names `key_id`, or no key.
-
-        Raises:
-            KeysError: there are none, and none can be had.
-        """
-        if isinstance(self._source, Path):
-            with self._lock:
-                self._read_file(self._source)
-        elif self._due(key_id) and self._lock.acquire(blocking=not self._keys):  # who has keys need not wait for others
-            try:
-                if self._due(key_id):
-                    self._fetch(self._source)
-            finally:
-                self._lock.release()
-        if isinstance(self._source, str) and self._monotonic() - self._good > STALE:
-            raise KeysError(f"the keys at {self._source} cannot be fetched; the log says why")
-        return self._matching(key_id)
-
-    def _matching(self, key_id: str | None) -> list[_Key]:
-        return [key for key in self._keys if key_id is None or key.kid == key_id]
-
-    def _read_file(self, path: Path) -> None:
-        try:
-            status = path.stat()
-            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if stamp == self._stamp:
-                return
-            with path.open("rb") as file:
-                self._keys = parse_keys(file.read(MAX_JWKS + 1))
-            self._stamp = stamp
-        except (OSError, KeysError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            if not self._keys:
-                raise KeysError(f"the keys in {str(path)!r} cannot be read: {reason}") from None
-            _log.warning("keys of an issuer not read again", path=str(path), reason=reason)
-
-    def _due(self, key_id: str | None) -> bool:
-        now = self._monotonic()
-        fresh = now - self._good < REFRESH and bool(self._matching(key_id))
-        return not fresh and now - self._tried >= RETRY
-
-    def _fetch(self, url: str) -> None:
-        self._tried = now = self._monotonic()
-        try:
-            self._keys, self._good = parse_keys(_get(url, self._ca_file)), now
-        except (OSError, ValueError, KeysError) as error:
-            _log.warning("keys of an issuer not fetched", url=url, reason=str(error))
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
-    ) -> None:
-        raise urllib.error.HTTPError(req.full_url, code, "it redirects; name the place itself", headers, fp)
-
-
-def _get(url: str, ca_file: Path | None) -> bytes:
-    context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context), _NoRedirect()
-    )
-    end = time.monotonic() + 2 * FETCH_SECONDS
-    body = bytearray()
-    with opener.open(
-        urllib.request.Request(url, headers={"accept": "application/json"}), timeout=FETCH_SECONDS
-    ) as answer:
-        while chunk := answer.read1(65_536):
-            body += chunk
-            if len(body) > MAX_JWKS or time.monotonic() > end:
-                raise KeysError(f"it sends more than {MAX_JWKS} bytes, or takes longer than {2 * FETCH_SECONDS:g} s")
-    return bytes(body)
-
-
-def parse_keys(data: bytes) -> tuple[_Key, ...]:
-    """The public keys of a JWKS that may verify signatures; others are passed over. RFC 7517 §5.
-
-    Raises:
-        KeysError: it is none, or has no such key.
-    """
-    if len(data) > MAX_JWKS:
-        raise KeysError(f"a set of keys has more than {MAX_JWKS} bytes")
-    try:
-        items = json.loads(data)["keys"]
-        if not isinstance(items, list) or len(items) > MAX_KEYS:
-            raise KeysError(f"a set of keys must have a list of at most {MAX_KEYS} keys")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise KeysError("it is no set of keys (JWKS)") from None
-    found: list[_Key] = []
-    for item in items:
-        if not isinstance(item, dict) or item.get("use", "sig") != "sig":
-            continue
-        operations = item.get("key_ops")
-        if operations is not None and not (isinstance(operations, list) and "verify" in operations):
-            continue
-        kind = item.get("kty")
-        modulus = item.get("n")
-        if not isinstance(kind, str) or kind not in _KINDS:
-            continue
-        if kind == "RSA" and not (isinstance(modulus, str) and len(modulus) * 6 >= MIN_RSA_BITS):
-            continue
-        try:
-            key = _KINDS[kind].import_key(item)
-            key.public_key  # noqa: B018 - it is made at first use, and may turn out to be none
-        except (JoseError, ValueError, TypeError, KeyError, AttributeError, OverflowError, UnsupportedAlgorithm):
-            continue  # of a kind that is not known here
-        found.append(key)
-    if not found:
-        raise KeysError("the set has no key that could verify a signature")
-    return tuple(found)
 
 
 @attrs.frozen(kw_only=True)
@@ -410,14 +253,8 @@ def _issuer(data: Any, where: str, directory: Path) -> Issuer:
     mapped = [_mapped(fields[name], f"{where}.{name}") if name in fields else None for name in _NAMES]
     if (mapped[0] is None) != (mapped[1] is None):
         raise _Wrong(f"{where} maps only one of namespace and serviceAccount; map both, or neither")
-    if ("jwksUri" in fields) == ("jwksFile" in fields):
-        raise _Wrong(f"{where} must have either jwksUri or jwksFile")
     ca_file = directory / _text(fields, "caFile", where) if "caFile" in fields else None
-    source: Path | str
-    if "jwksFile" in fields:
-        source = directory / _text(fields, "jwksFile", where)
-    else:
-        source = _url(_text(fields, "jwksUri", where), f"{where}.jwksUri")
+    source = _source(fields, issuer, where, directory)
     return Issuer(
         issuer=issuer,
         audiences=frozenset(audiences),
@@ -445,16 +282,23 @@ def _usable(keys: Jwks, ca_file: Path | None, where: str) -> Jwks:
     return keys
 
 
-def _url(text: str, where: str) -> str:
+def _source(fields: Mapping[str, Any], issuer: str, where: str, directory: Path) -> Path | str | Discovered:
+    """Where an issuer's keys are."""
+    if "jwksUri" in fields and "jwksFile" in fields:
+        raise _Wrong(f"{where} must have either jwksUri or jwksFile, not both")
+    if "jwksFile" in fields:
+        return directory / _text(fields, "jwksFile", where)
     try:
-        parts = urlsplit(text)
-        host = parts.hostname or ""
-    except ValueError:
-        raise _Wrong(f"{where} is {text!r:.200}, which is no URL") from None
-    local = host == "localhost" or host == "::1" or host.startswith("127.")
-    if not host or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
-        raise _Wrong(f"{where} is {text!r:.200}; keys come by https:// only, or from this host")
-    return text
+        if "jwksUri" in fields:
+            return check_url(_text(fields, "jwksUri", where))
+        check_url(issuer)
+    except KeysError as error:
+        if "jwksUri" in fields:
+            raise _Wrong(f"{where}.jwksUri: {error}") from None
+        raise _Wrong(
+            f"{where} must have either jwksUri or jwksFile, because its issuer cannot be asked for them: {error}"
+        ) from None
+    return Discovered(issuer)
 
 
 def _mapped(data: Any, where: str) -> Mapped:

@@ -38,15 +38,13 @@ from hbone.identity.svid import (
     validity_problem,
 )
 from miniistiod import ca
-from miniistiod.store import Plugged
+from miniistiod.store import Plugged, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from miniistiod.store import Store
-
-__all__ = ["CaDirectory", "CaFiles", "read_ca"]
+__all__ = ["CaDirectory", "CaFiles", "new_state", "read_ca", "read_directory"]
 
 _log = get_logger("miniistiod.ca")
 CERTIFICATE, KEY, CHAIN, ROOTS, LISTS = "ca-cert.pem", "ca-key.pem", "cert-chain.pem", "root-cert.pem", "ca-crl.pem"
@@ -164,6 +162,48 @@ def _lists(pem: bytes, issuers: Sequence[x509.Certificate]) -> str:
     return "".join(texts)
 
 
+def read_directory(path: Path, trust_domain: str, now: datetime.datetime) -> CaFiles:
+    """Read the set of files in a directory.
+
+    Raises:
+        ConfigurationError: they cannot be used.
+    """
+    directory = require_private_directory(path, create=False)
+    files: dict[str, bytes] = {}
+    for name in (*REQUIRED, LISTS):
+        path = directory / name
+        try:
+            with path.open("rb") as file:
+                files[name] = file.read(MAX_BYTES + 1)
+            if name == KEY and path.stat().st_mode & 0o077:
+                raise ConfigurationError(f"{str(path)!r} is a key that others can read; run 'chmod 0600 {path}'")
+        except FileNotFoundError:
+            if name == LISTS:
+                continue
+            raise ConfigurationError(
+                f"{name} is missing in {str(directory)!r}; a CA needs {', '.join(REQUIRED)}"
+            ) from None
+        except OSError as error:
+            raise ConfigurationError(f"{str(path)!r} cannot be read: {(error.strerror or '').lower()}") from None
+        if len(files[name]) > MAX_BYTES:
+            raise ConfigurationError(f"{str(path)!r} has more than {MAX_BYTES} bytes")
+    try:
+        return read_ca(files, trust_domain, now)
+    except IdentityError as error:
+        raise ConfigurationError(f"the CA in {str(directory)!r} cannot be used: {error}") from None
+
+
+def new_state(directory: Path, trust_domain: str, ca_dir: Path | None) -> Store:
+    """The state of a new mesh, with a root of its own or the CA of `ca_dir`.
+
+    Raises:
+        ConfigurationError: there is one already, or what is to sign cannot be used; nothing is made then.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    files = None if ca_dir is None else read_directory(ca_dir, trust_domain, now)
+    return Store.create(directory, trust_domain, now, plugged=None if files is None else files.public)
+
+
 class CaDirectory:
     """The files as they are in force.
 
@@ -236,30 +276,8 @@ class CaDirectory:
         )
 
     def _read(self) -> CaFiles:
-        directory = require_private_directory(self._path, create=False)
-        files: dict[str, bytes] = {}
-        for name in (*REQUIRED, LISTS):
-            path = directory / name
-            try:
-                with path.open("rb") as file:
-                    files[name] = file.read(MAX_BYTES + 1)
-                if name == KEY and path.stat().st_mode & 0o077:
-                    raise ConfigurationError(f"{str(path)!r} is a key that others can read; run 'chmod 0600 {path}'")
-            except FileNotFoundError:
-                if name == LISTS:
-                    continue
-                raise ConfigurationError(
-                    f"{name} is missing in {str(directory)!r}; a CA needs {', '.join(REQUIRED)}"
-                ) from None
-            except OSError as error:
-                raise ConfigurationError(f"{str(path)!r} cannot be read: {(error.strerror or '').lower()}") from None
-            if len(files[name]) > MAX_BYTES:
-                raise ConfigurationError(f"{str(path)!r} has more than {MAX_BYTES} bytes")
         moment = datetime.datetime.fromtimestamp(self._wall(), datetime.UTC)
-        try:
-            return read_ca(files, self._trust_domain, moment)
-        except IdentityError as error:
-            raise ConfigurationError(f"the CA in {str(directory)!r} cannot be used: {error}") from None
+        return read_directory(self._path, self._trust_domain, moment)
 
     def _stamp(self) -> _Stamp:
         found: list[tuple[str, int, int, int] | None] = []

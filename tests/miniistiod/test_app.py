@@ -9,6 +9,7 @@ import socket
 import stat
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 import trio
 from cryptography.hazmat.primitives import hashes
@@ -452,6 +453,10 @@ async def test_a_port_in_use_is_told(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"cannot listen on 127\.0\.0\.1:.*choose another"):
             async with miniistiod.MiniIstiod(config):
                 pass
+        assert not config.state_dir.exists()  # there is no root that nobody serves by
+        config = attrs.evolve(config, listen=miniistiod.Address("127.0.0.1", 0), monitoring=cp.config.monitoring)
+        async with miniistiod.MiniIstiod(config) as other:
+            assert other.root_pem != cp.root_pem
 
 
 # -- pages

@@ -360,6 +360,31 @@ async def test_backup_and_restore_as_commands(tmp_path: Path, capsys: pytest.Cap
         assert (await certificate(cp, identity=identity)).id == identity.id
 
 
+async def test_a_token_is_taken_back_with_what_it_got(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with control_plane(tmp_path) as cp:
+        text = cp.create_token("shop", "orders", reusable=True)
+        (token,) = cp.store.list_tokens()
+        first = await certificate(cp, bearer(text))
+        renewed = await certificate(cp, identity=first)
+        other = await enrolled(cp)
+        async with discovery(cp, renewed) as stream:
+            await stream.response()
+            assert await run("token", "revoke", "--state", state(cp), token.id) == 0
+            told = capsys.readouterr().err
+            assert "2 certificates that it got stay good" in told
+            assert f"'miniistiod token revoke {token.id} --certificates' takes them back" in told
+            assert (await certificate(cp, identity=renewed)).id == first.id
+            assert await run("token", "revoke", "--state", state(cp), token.id, "--certificates") == 0
+            assert "and 3 certificates that it got" in capsys.readouterr().err
+            assert await stream.ends_with() is StatusCode.UNAUTHENTICATED
+        for identity in (first, renewed):
+            assert await refusal(cp, identity=identity) == UNAUTHENTICATED
+        listed = x509.load_pem_x509_crl((cp.config.state_dir / CRL_FILE).read_bytes())
+        assert len(listed) == 3
+        assert (await certificate(cp, identity=other)).id == other.id
+        assert await run("token", "revoke", "--state", state(cp), "none", "--certificates") == 1
+
+
 async def test_renewing_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "istio-token"
     async with control_plane(tmp_path) as cp:

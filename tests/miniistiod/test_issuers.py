@@ -13,14 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc.jwk import ECKey, OctKey
 from tests.support.callers import certificate, discovery, refusal
-from tests.support.jwks import ISSUER, NOW, Signer, ed25519, rsa, serving
+from tests.support.jwks import ISSUER, NOW, Server, Signer, ed25519, rsa, serving
 from tests.support.miniistiod import bearer, control_plane
 from tests.support.sizes import size
 
 from hbone.errors import ConfigurationError
 from hbone.grpc import StatusCode
 from miniistiod import issuers as module
-from miniistiod.issuers import Issuers, Jwks, KeysError, parse_keys, read_issuers
+from miniistiod import jwks
+from miniistiod.issuers import Issuers, read_issuers
+from miniistiod.jwks import Discovered, Jwks, KeysError, parse_keys
 from miniistiod.tokens import BadToken
 
 if TYPE_CHECKING:
@@ -284,13 +286,13 @@ def test_keys_are_fetched_kept_and_fetched_again() -> None:
         for _ in range(3):
             assert [key.kid for key in keys.keys("one")] == ["one"]
         assert server.calls == 1
-        clock.now += module.REFRESH
+        clock.now += jwks.REFRESH
         keys.keys("one")
         assert server.calls == 2
         fresh = Signer(rsa("two"))
         server.body = fresh.jwks()
         assert keys.keys("two") == []  # not before half a minute is over
-        clock.now += module.RETRY
+        clock.now += jwks.RETRY
         assert [key.kid for key in keys.keys("two")] == ["two"]
         assert server.calls == 3
         for number in range(50):
@@ -304,13 +306,13 @@ def test_keys_are_used_for_a_day_while_they_cannot_be_fetched() -> None:
         keys = Jwks(server.url, monotonic=clock)
         keys.keys("one")
         server.status = 500
-        clock.now += module.STALE
+        clock.now += jwks.STALE
         assert keys.keys("one")
         clock.now += 1
         with pytest.raises(KeysError, match="cannot be fetched"):
             keys.keys("one")
         server.status = 200
-        clock.now += module.RETRY
+        clock.now += jwks.RETRY
         assert keys.keys("one")
 
 
@@ -328,6 +330,104 @@ def test_a_server_that_is_away() -> None:
         Jwks("http://127.0.0.1:9/").keys("one")
 
 
+# -- an issuer that names the place of its keys
+
+WELL_KNOWN = "/.well-known/openid-configuration"
+
+
+def describe(server: Server, **fields: Any) -> str:
+    """Have a server describe itself as an issuer; the issuer's name."""
+    issuer = server.url.rstrip("/")
+    server.pages[WELL_KNOWN] = json.dumps({"issuer": issuer, "jwks_uri": f"{issuer}/keys", **fields})
+    return issuer
+
+
+def test_an_issuer_is_asked_for_the_place_of_its_keys(tmp_path: Path) -> None:
+    with serving("") as server:
+        issuer = describe(server)
+        server.pages["/keys"] = SIGNER.jwks()
+        (tmp_path / "issuers.yaml").write_text(f"issuers: [{{issuer: '{issuer}', audiences: [istio-ca]}}]")
+        issuers = read_issuers(tmp_path / "issuers.yaml")
+        assert server.asked == []  # it may come up later
+        for _ in range(3):
+            assert issuers.verify(SIGNER.token(iss=issuer), NOW)[:3] == (issuer, "shop", "orders")
+        assert server.asked == [WELL_KNOWN, "/keys"]
+        with pytest.raises(BadToken):
+            issuers.verify(SIGNER.token(iss=f"{issuer}/"), NOW)
+
+
+def test_a_key_that_is_not_known_is_looked_for_where_the_issuer_says_now() -> None:
+    clock, fresh = Clock(), Signer(rsa("two"))
+    with serving("") as server:
+        issuer = describe(server)
+        server.pages["/keys"], server.pages["/new"] = SIGNER.jwks(), fresh.jwks()
+        keys = Jwks(Discovered(issuer), monotonic=clock)
+        assert keys.keys("one")
+        describe(server, jwks_uri=f"{issuer}/new")
+        for number in range(50):
+            assert keys.keys(f"nonsense {number}") == []
+        assert server.calls == 2
+        clock.now += jwks.RETRY
+        assert keys.keys("two")
+        assert server.asked[2:] == [WELL_KNOWN, "/new"]
+
+
+@pytest.mark.parametrize(
+    ("page", "why"),
+    [
+        ("", "no description"),
+        ("[]", "no description"),
+        ("[" * 5000, "no description"),
+        ('{"issuer": "https://idp.example.com"}', "names no jwks_uri"),
+        ('{"issuer": "https://idp.example.com", "jwks_uri": 5}', "names no jwks_uri"),
+        ('{"issuer": "https://idp.example.com/", "jwks_uri": "https://x/"}', "describes the issuer"),
+        ('{"issuer": ["https://idp.example.com"], "jwks_uri": "https://x/"}', "describes the issuer"),
+        ('{"jwks_uri": "https://x/"}', "describes the issuer None"),
+        ('{"issuer": "https://idp.example.com", "jwks_uri": "http://x/"}', "https:// only"),
+        ('{"issuer": "https://idp.example.com", "jwks_uri": "http://127.0.0.1:15014/"}', "https:// only"),
+        ('{"issuer": "https://idp.example.com", "jwks_uri": "file:///etc/shadow"}', "is no URL"),
+        ('{"issuer": "https://idp.example.com", "jwks_uri": "https://x/\\r\\nhost: y"}', "is no URL"),
+        ('{"issuer": "https://idp.example.com", "jwks_uri": "https://x:port/"}', "is no URL"),
+    ],
+)
+def test_what_an_issuer_must_not_say_of_itself(page: str, why: str) -> None:
+    with pytest.raises(KeysError, match=why):
+        Discovered(ISSUER).place(page.encode())
+
+
+@pytest.mark.parametrize("issuer", [ISSUER, f"{ISSUER}/", f"{ISSUER}/realms/a"])
+def test_an_issuer_describes_itself_below_its_name(issuer: str) -> None:
+    found = Discovered(issuer)
+    assert found.url == f"{issuer.rstrip('/')}{WELL_KNOWN}"
+    assert found.place(json.dumps({"issuer": issuer, "jwks_uri": "https://keys.example.com/k"}).encode()) == (
+        "https://keys.example.com/k"
+    )
+
+
+@pytest.mark.parametrize(("status", "page"), [(302, ""), (500, ""), (200, "x"), (200, " " * (1 << 21))])
+def test_an_issuer_that_does_not_describe_itself_is_told_and_left_alone(status: int, page: str) -> None:
+    with serving("") as server:
+        issuer = describe(server)
+        server.pages[WELL_KNOWN] = page
+        server.status = status
+        keys = Jwks(Discovered(issuer))
+        for _ in range(3):
+            with pytest.raises(KeysError, match=f"{WELL_KNOWN} cannot be fetched; the log says why"):
+                keys.keys("one")
+        assert server.calls == 1
+
+
+@settings(max_examples=size(1000, 50), deadline=None)
+@given(JSON | st.dictionaries(st.just("jwks_uri"), JSON | st.text().map("https://{}".format)))
+def test_any_description_is_a_place_or_an_error(value: Any) -> None:
+    if isinstance(value, dict):
+        value = {**value, "issuer": ISSUER}
+    try:
+        assert Discovered(ISSUER).place(json.dumps(value).encode()).startswith("https://")
+    except KeysError:
+        pass
+
+
 # -- the file
 
 
@@ -340,10 +440,11 @@ def test_a_server_that_is_away() -> None:
         ("issuers: [5]", r"issuers\[0\] must be a mapping"),
         ("issuers: [{}]", r"issuers\[0\].issuer must be a text"),
         ("issuers: [{issuer: a}]", "audiences is missing"),
-        ("issuers: [{issuer: a, audiences: [b]}]", "either jwksUri or jwksFile"),
+        ("issuers: [{issuer: a, audiences: [b]}]", "either jwksUri or jwksFile, because its issuer cannot be asked"),
         ("issuers: [{issuer: a, audiences: [b], jwksUri: 'https://x', jwksFile: y}]", "either jwksUri or jwksFile"),
         ("issuers: [{issuer: a, audiences: [b], jwksUri: 'http://example.com/k'}]", "https:// only"),
-        ("issuers: [{issuer: a, audiences: [b], jwksUri: 'file:///etc/passwd'}]", "https:// only"),
+        ("issuers: [{issuer: 'http://idp.example', audiences: [b]}]", "https:// only"),
+        ("issuers: [{issuer: a, audiences: [b], jwksUri: 'file:///etc/passwd'}]", "is no URL"),
         ("issuers: [{issuer: a, audiences: [b], jwksUri: 'https://[x'}]", "is no URL"),
         ("issuers: [{issuer: a, audiences: [b], jwksFile: none.json}]", "cannot be read"),
         ("issuers: [{issuer: a, audiences: [b], jwksUri: 'https://x', caFile: none}]", "caFile cannot be used"),

@@ -178,7 +178,7 @@ def test_what_does_not_hold_together_is_refused(files: dict[str, bytes], why: st
 
 @pytest.fixture
 def store(tmp_path: Path) -> Any:
-    with Store.create(tmp_path / "state", "cluster.local", NOW, root=False) as store:
+    with Store.create(tmp_path / "state", "cluster.local", NOW) as store:
         yield store
 
 
@@ -340,3 +340,33 @@ def test_who_may_sign_no_lists_publishes_none(tmp_path: Path, store: Store) -> N
     assert crl is not None
     assert crl.pem.count("BEGIN X509 CRL") == 1
     assert attrs.asdict(crl)["number"] == 1
+
+
+async def test_a_state_can_begin_with_a_ca_in_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = write(tmp_path / "ca", files_of(MIDDLE))
+    assert cli.main(["init", "--state", str(tmp_path / "state"), "--ca-dir", str(directory)]) == 0
+    assert ca.fingerprint(MIDDLE.root) in capsys.readouterr().out
+    assert (tmp_path / "state" / ROOT_FILE).read_bytes() == pem(MIDDLE.root)
+    with pytest.raises(ConfigurationError, match="name their directory with --ca-dir"):
+        async with control_plane(tmp_path):
+            pass
+    async with control_plane(tmp_path, ca_dir=directory) as cp:
+        identity = await certificate(cp, bearer(cp.create_token("shop", "orders", name="orders-1")))
+        assert len(identity.svid.chain) == 2
+
+
+@pytest.mark.parametrize("command", ["init", "run"])
+def test_a_ca_that_cannot_be_used_makes_no_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    directory = write(tmp_path / "ca", {**files_of(MIDDLE), "ca-key.pem": ROOT.key_pem()})
+    (tmp_path / "mesh").mkdir()
+    (tmp_path / "mesh" / "meshconfig.yaml").write_text("{}")
+    arguments = ["--state", str(tmp_path / "state"), "--ca-dir", str(directory)]
+    if command == "run":
+        arguments += ["--init", "--config", str(tmp_path / "mesh"), "--log-level", "off"]
+        arguments += ["--listen", "127.0.0.1:0", "--monitoring", "127.0.0.1:0"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, *arguments])
+    assert "ca-key.pem does not belong to ca-cert.pem" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()

@@ -54,10 +54,12 @@ def ed25519(kid: str | None = None) -> OKPKey:
 
 
 class Server:
-    """Answers with `body`, and counts."""
+    """Answers with `body`, or what a path has of its own, and counts."""
 
     def __init__(self, body: str) -> None:
         self.body = body
+        self.pages: dict[str, str] = {}
+        self.asked: list[str] = []
         self.status = 200
         self.calls = 0
         self.url = ""
@@ -71,7 +73,8 @@ def serving(body: str) -> Iterator[Server]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.calls += 1
-            content = state.body.encode()
+            state.asked.append(self.path)
+            content = state.pages.get(self.path, state.body).encode()
             self.send_response(state.status)
             if state.status == 302:
                 self.send_header("location", state.url + "elsewhere")

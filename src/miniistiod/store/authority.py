@@ -277,11 +277,13 @@ class AuthorityState(Database):
             count = connection.execute("DELETE FROM certificates WHERE expires < ?", (old,)).rowcount
             return count + connection.execute("DELETE FROM tokens WHERE expires < ?", (old,)).rowcount
 
-    def certificates(self, now: float, limit: int = 100_000) -> list[IssuedCertificate]:
-        """Certificates that have not ended, revoked ones too, newest first."""
+    def certificates(self, now: float, limit: int = 100_000, *, token: str | None = None) -> list[IssuedCertificate]:
+        """Certificates that have not ended, revoked ones too, newest first; with `token` those that go back to it."""
         rows = self._rows(
-            f"SELECT {_CERTIFICATE} FROM certificates WHERE expires > ? ORDER BY issued DESC, serial LIMIT ?",
+            f"SELECT {_CERTIFICATE} FROM certificates WHERE expires > ? AND token = coalesce(?, token)"
+            " ORDER BY issued DESC, serial LIMIT ?",
             now,
+            token,
             limit,
         )
         return [_certificate(row) for row in rows]
@@ -305,9 +307,10 @@ class AuthorityState(Database):
         serial: str | None = None,
         spiffe_id: str | None = None,
         name: tuple[str, str] | None = None,
+        token: str | None = None,
         plaintext: bool = False,
     ) -> Revoked:
-        """Take away what was given to a certificate's holder, an identity or a machine, all or nothing.
+        """Take away what was given to a certificate's holder, an identity, a machine or a token, all or nothing.
 
         A certificate goes with all that were renewed with it; a reusable token that one was issued for goes too.
 
@@ -316,18 +319,19 @@ class AuthorityState(Database):
             serial: a certificate's.
             spiffe_id: an identity's, wherever it is used.
             name: namespace and name of a machine's workload.
+            token: a token's id, for it and all that was got by it.
             plaintext: let its workload be reached in plaintext again; else peers insist on HBONE, which fails.
         """
         with self._transaction() as connection:
-            records = self._family(self._meant(serial, spiffe_id, name))
-            tokens = self._tokens_of(records, spiffe_id, name)
+            records = self._family(self._meant(serial, spiffe_id, name, token))
+            tokens = self._tokens_of(records, spiffe_id, name, token)
             # What a node's proxy got by its token goes with the proxy, as what it got by its certificate does.
             got = [
                 row[0]
-                for token in tokens
+                for item in tokens
                 for row in self._rows(
                     "SELECT serial FROM certificates JOIN tokens ON token = id WHERE id = ? AND tokens.node != ''",
-                    token,
+                    item,
                 )
             ]
             records = self._family([*(record.serial for record in records), *got])
@@ -356,9 +360,13 @@ class AuthorityState(Database):
                 self._bump()
             return found
 
-    def _meant(self, serial: str | None, spiffe_id: str | None, name: tuple[str, str] | None) -> list[str]:
+    def _meant(
+        self, serial: str | None, spiffe_id: str | None, name: tuple[str, str] | None, token: str | None
+    ) -> list[str]:
         """Serials of the certificates that a revocation names."""
-        if serial is not None:
+        if token is not None:
+            rows = self._rows("SELECT serial FROM certificates WHERE token = ?", token)
+        elif serial is not None:
             rows = self._rows("SELECT serial FROM certificates WHERE serial = ?", serial)
         elif spiffe_id is not None:
             rows = self._rows("SELECT serial FROM certificates WHERE spiffe_id = ?", spiffe_id)
@@ -383,13 +391,17 @@ class AuthorityState(Database):
         return [record for item in found if (record := self.certificate(item)) is not None]
 
     def _tokens_of(
-        self, records: Sequence[IssuedCertificate], spiffe_id: str | None, name: tuple[str, str] | None
+        self,
+        records: Sequence[IssuedCertificate],
+        spiffe_id: str | None,
+        name: tuple[str, str] | None,
+        token: str | None,
     ) -> list[str]:
         """Ids of tokens that are not revoked yet and could get the holder a new certificate."""
         rows = self._rows(
             "SELECT id, namespace, service_account, name FROM tokens WHERE revoked IS NULL ORDER BY created, id"
         )
-        used = {record.token for record in records}
+        used = {token, *(record.token for record in records)}
         found = []
         for token_id, namespace, account, bound in rows:
             same_identity = spiffe_id == f"spiffe://{self.trust_domain}/ns/{namespace}/sa/{account}"

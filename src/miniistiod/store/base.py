@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any, Self
+
+import attrs
 
 from hbone.daemon.files import require_private_directory, write_private
 from hbone.daemon.logs import get_logger
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     import datetime
     from collections.abc import Iterator
     from pathlib import Path
+
+    from miniistiod.store.authority import Plugged
 
 __all__ = ["ADMIN_SOCKET", "CRL_FILE", "ROOT_FILE", "Database", "locked"]
 
@@ -71,14 +76,16 @@ class Database:
         self.token_key = self._meta("token_key")
 
     @classmethod
-    def create(cls, directory: Path, trust_domain: str, now: datetime.datetime, *, root: bool = True) -> Self:
+    def create(
+        cls, directory: Path, trust_domain: str, now: datetime.datetime, *, plugged: Plugged | None = None
+    ) -> Self:
         """Make the state of a new mesh.
 
         Args:
             directory: where; made if it is missing, and empty.
             trust_domain: the mesh's name.
             now: begin of the root's life.
-            root: make a root too; without, one is plugged in from files.
+            plugged: a CA from files; else a root is made too.
 
         Raises:
             ConfigurationError: there is one already, or the directory or the trust domain cannot be used.
@@ -106,7 +113,11 @@ class Database:
                 "INSERT INTO meta VALUES (?, ?)",
                 [("trust_domain", trust_domain.encode()), ("token_key", secrets.token_bytes(32))],
             )
-            if root:
+            if plugged is not None:
+                connection.execute(
+                    "INSERT INTO meta VALUES (?, ?)", ("plugged", json.dumps(attrs.asdict(plugged)).encode())
+                )
+            else:
                 signer = ca.make_root(trust_domain, now)
                 connection.execute(
                     "INSERT INTO roots (certificate, key, signing, created) VALUES (?, ?, 1, ?)",
