@@ -16,6 +16,7 @@ import trio
 
 from hbone.connect import Authority, AuthorityError, ConnectRequest, response_headers
 from hbone.daemon.logs import get_logger
+from hbone.endpoint import Endpoint
 from hbone.engine.flow import WindowBudget
 from hbone.errors import (
     ConfigurationError,
@@ -28,8 +29,9 @@ from hbone.errors import (
     TlsError,
 )
 from hbone.identity import same_trust_domain
+from hbone.tls import TlsContext
 from hbone.trio import ConnectionPool, serve_listeners
-from hbone.trio.client import open_quiet_nursery
+from hbone.trio.client import dial, open_quiet_nursery
 from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import settings
 from ztunnel.control.svids import NoCertificate
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from ztunnel.control.ca import CertificateAuthority
     from ztunnel.control.transport import Dial
     from ztunnel.mesh import Address, Change, Workload
+    from ztunnel.mesh.route import Inner
 
     Handler = Callable[[HboneStream], Awaitable[object]]
 
@@ -268,7 +271,11 @@ class Ztunnel:
         )
         try:
             await mesh.svids.fetch()
-            return await self._pool.connect(request, via=(str(ip), port), peer=found.expected)
+            stream = await self._pool.connect(request, via=(str(ip), port), peer=found.expected)
+            if found.inner is None:
+                return stream
+            inside = attrs.evolve(request, network=self.config.network)
+            return await self._inside(stream, found.inner, inside)
         except ConnectRejected as error:
             raise TunnelRejected(error.status) from error
         except IdentityError as error:
@@ -277,6 +284,36 @@ class Ztunnel:
             raise TlsFailed(str(error)) from error
         except (ConnectionLost, StreamResetError, HboneError) as error:
             raise ConnectFailed(str(error)) from error
+
+    async def _inside(self, outer: HboneStream, inner: Inner, request: ConnectRequest) -> HboneStream:
+        """A tunnel of its own inside a stream that a gateway took. Source: Istio, double HBONE."""
+        identity = self._source.current()
+
+        async def transport(*_: object) -> trio.abc.Stream:
+            return outer
+
+        def make_endpoint() -> Endpoint:
+            return Endpoint(
+                TlsContext.client(identity),
+                client=True,
+                authorize=lambda peer: peer in inner.expected,
+                config=self.config.connection,
+                budget=self._budget,
+                now=trio.current_time(),
+            )
+
+        tunnel = await dial(
+            self._nursery,
+            (str(request.authority), 0),
+            make_endpoint,
+            open_transport=transport,
+            on_stream_end=lambda tunnel: tunnel.close(),
+        )
+        try:
+            return await tunnel.connect(request)
+        except BaseException:
+            tunnel.close()
+            raise
 
     # in
 

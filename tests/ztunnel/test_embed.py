@@ -9,9 +9,11 @@ import pytest
 import trio
 from tests.support.control_plane import ScriptedControlPlane, ScriptedStream
 from tests.support.daemon import CA, Resource, settings
+from tests.support.gateway import Gateway
 
 import ztunnel
 from hbone.errors import ConfigurationError, ErrorCode
+from hbone.identity import SpiffeId
 from hbone.trio import HboneStream
 from ztunnel.control.ca import CaClient
 from ztunnel.control.transport import ControlPlaneError
@@ -59,6 +61,21 @@ def service(host: str, vip: str, port: int) -> Resource:
     return f"shop/{host}", "1", workload_pb2.Address(service=message).SerializeToString()
 
 
+def on(network: str, resource: Resource, gateway: str = "") -> Resource:
+    """The same on another network, reached through `gateway`."""
+    name, version, body = resource
+    message = workload_pb2.Address.FromString(body)
+    if message.HasField("service"):
+        message.service.addresses[0].network = network
+    else:
+        message.workload.network = network
+        if gateway:
+            way = workload_pb2.NetworkAddress(network=network, address=packed(gateway))
+            reference = workload_pb2.GatewayAddress(address=way, hbone_mtls_port=15009)
+            message.workload.network_gateway.CopyFrom(reference)
+    return name, version, message.SerializeToString()
+
+
 def deny(account: str) -> Resource:
     match = authorization_pb2.Match(
         principals=[authorization_pb2.StringMatch(exact=f"cluster.local/ns/shop/sa/{account}")]
@@ -99,13 +116,17 @@ async def side(
     resources: tuple[Resource, ...] = MESH,
     policies: tuple[Resource, ...] = (),
     control: ScriptedControlPlane | None = None,
+    network: str = "",
 ) -> AsyncIterator[Side]:
     ca = control or ScriptedControlPlane(time.time)
     if control is None:
         ca.sign_with(CA)
     xds = ScriptedControlPlane(time.time)
     config = settings(
-        PROXY_WORKLOAD_INFO=f"shop/{name}/{account or name}", ZTUNNEL_BIND_ADDRESS=ip, ZTUNNEL_HBONE_PORT="15008"
+        PROXY_WORKLOAD_INFO=f"shop/{name}/{account or name}",
+        ZTUNNEL_BIND_ADDRESS=ip,
+        ZTUNNEL_HBONE_PORT="15008",
+        NETWORK=network,
     )
     async with ztunnel.Ztunnel(config, xds=xds.dial, authority=CaClient(ca.dial, lifetime=3600)) as mesh:
         stream = await xds.next_stream()
@@ -164,6 +185,34 @@ async def test_workload_that_takes_no_tunnels_is_reached_by_plain_tcp(nursery: t
         assert isinstance(stream, trio.SocketStream)
         assert await talk(stream) == b"hello"
     nursery.cancel_scope.cancel()
+
+
+async def test_another_network_is_reached_by_a_tunnel_inside_the_one_to_its_gateway(nursery: trio.Nursery) -> None:
+    """And the gateway, which ends the outer one, reads nothing of it."""
+    gateway = Gateway("127.91.7.3", 15009)
+    gateway.targets.append((BETA, 15008))
+    ca = ScriptedControlPlane(time.time)
+    ca.sign_with(CA)
+    identity = await CaClient(ca.dial, lifetime=3600).create(SpiffeId.istio("cluster.local", "shop", "gateway"), None)
+    await nursery.start(gateway.serve, identity)
+    mesh = (
+        on("near", described("alpha", ALPHA)),
+        on("far", described("beta", BETA, services={"beta.shop.internal": 7000}), gateway.ip),
+        on("far", described("gateway", gateway.ip)),
+        on("near", service("beta.shop.internal", "240.0.0.1", 7000)),
+    )
+    async with (
+        side("alpha", ALPHA, resources=mesh, network="near") as alpha,
+        side("beta", BETA, resources=mesh, network="far") as beta,
+    ):
+        await beta.mesh.listen(7000, echo)
+        stream = await alpha.mesh.connect("beta.shop.internal", 7000)
+        assert isinstance(stream, HboneStream)
+        assert str(stream.peer) == "spiffe://cluster.local/ns/shop/sa/beta"
+        assert await talk(stream, b"a secret" * 10_000) == b"a secret" * 10_000
+        assert b"secret" not in gateway.carried
+        assert gateway.requests[0].network is None
+    gateway.scope.cancel()
 
 
 async def test_denied_connection_says_401() -> None:
