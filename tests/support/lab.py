@@ -32,7 +32,19 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-__all__ = ["ECHO", "GUARDED", "NAMED", "ORDERS", "SANDWICHED", "WHO", "WITHIN", "Lab", "lab", "needs_namespaces"]
+__all__ = [
+    "DOCUMENTS",
+    "ECHO",
+    "GUARDED",
+    "NAMED",
+    "ORDERS",
+    "SANDWICHED",
+    "WHO",
+    "WITHIN",
+    "Lab",
+    "lab",
+    "needs_namespaces",
+]
 
 ECHO, WHO, BEHIND = 9000, 9100, 15088
 """Ports: an echo; one that says which host it is, and the client's address; the waypoint behind its ztunnel."""
@@ -221,9 +233,7 @@ async def _running(
     directory: Path, documents: str, ztunnels: Iterable[str], environment: dict[str, str]
 ) -> AsyncIterator[Lab]:
     names = ["alpha", "beta", "gamma", "delta", "epsilon", "plain"]
-    started = mesh(
-        directory, names, namespaces=True, documents={"lab": DOCUMENTS + documents}, capture=False, network="10.78.0"
-    )
+    started = mesh(directory, names, namespaces=True, documents={"lab": documents}, capture=False, network="10.78.0")
     async with started as running, trio.open_nursery() as nursery:
         found = Lab(running)
 
@@ -252,13 +262,13 @@ async def _running(
 
 
 def lab(
-    directory: Path, documents: str = "", ztunnels: Iterable[str] = tuple(ZTUNNELS), **environment: str
+    directory: Path, documents: str = DOCUMENTS, ztunnels: Iterable[str] = tuple(ZTUNNELS), **environment: str
 ) -> AbstractContextManager[Lab]:
     """Run it for the body, in a thread.
 
     Args:
         directory: for its files.
-        documents: more YAML; begins with `---`.
+        documents: YAML; `{host}` stands for a host's address.
         ztunnels: hosts that have one, and are captured.
         environment: of all ztunnels.
     """

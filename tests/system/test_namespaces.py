@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
-from tests.support.lab import ECHO, NAMED, ORDERS, SANDWICHED, WHO, Lab, lab, needs_namespaces
+from tests.support.lab import DOCUMENTS, ECHO, NAMED, ORDERS, SANDWICHED, WHO, Lab, lab, needs_namespaces
 from tests.support.shop import until
 
 from hbone.errors import ConnectRejected, HboneError
@@ -54,7 +54,7 @@ spec:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with lab(tmp_path_factory.mktemp("lab"), INNER, CONNECTION_TERMINATION_DEADLINE="20s") as running:
+    with lab(tmp_path_factory.mktemp("lab"), DOCUMENTS + INNER, CONNECTION_TERMINATION_DEADLINE="20s") as running:
         yield running
 
 

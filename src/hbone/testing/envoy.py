@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+from hbone.testing.hosts import Host
 
-__all__ = ["EnvoyPorts", "envoy", "free_port"]
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+__all__ = ["EnvoyPorts", "config", "envoy", "free_port", "sidecar_config"]
 
 TLS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
 HTTP_MANAGER = "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
@@ -56,10 +58,10 @@ def _cluster(name: str, host: str, port: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def _tls(directory: Path, prefix: str) -> dict[str, Any]:
+def _tls(directory: Path, prefix: str, alpn: Sequence[str] = ("h2",)) -> dict[str, Any]:
     return {
         "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
-        "alpn_protocols": ["h2"],
+        "alpn_protocols": list(alpn),
         "tls_certificates": [
             {
                 "certificate_chain": {"filename": str(directory / "envoy.pem")},
@@ -205,10 +207,55 @@ def config(
     }
 
 
-async def _ready(port: int) -> bool:
+def sidecar_config(
+    directory: Path, ports: EnvoyPorts, *, application: tuple[str, int], neighbour: tuple[str, int]
+) -> dict[str, Any]:
+    """Bootstrap of an Envoy beside an application, as in a mesh of sidecars: mutual TLS of its own, and no tunnel.
+
+    Args:
+        directory: as in `config`.
+        ports: `hbone` takes mutual TLS on every address, `outbound` plain TCP on loopback.
+        application: what comes by mutual TLS goes there.
+        neighbour: what comes in plain TCP goes there, by mutual TLS.
+
+    Source: Istio's ALPN of mutual TLS among sidecars.
+    """
+
+    def proxied(cluster: str) -> dict[str, Any]:
+        kind = "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy"
+        return {"name": "tcp", "typed_config": {"@type": kind, "stat_prefix": cluster, "cluster": cluster}}
+
+    def secured(side: str, **more: Any) -> dict[str, Any]:
+        context = {"common_tls_context": _tls(directory, "spiffe://", ("istio-peer-exchange", "istio")), **more}
+        return {"name": "tls", "typed_config": {"@type": f"{TLS_TYPE}.{side}TlsContext", **context}}
+
+    taken = {"transport_socket": secured("Downstream", require_client_certificate=True)}
+    listeners = [
+        {
+            "name": "in",
+            "address": _address("0.0.0.0", ports.hbone),
+            "filter_chains": [{**taken, "filters": [proxied("application")]}],
+        },
+        {
+            "name": "out",
+            "address": _address("127.0.0.1", ports.outbound),
+            "filter_chains": [{"filters": [proxied("neighbour")]}],
+        },
+    ]
+    clusters = [
+        _cluster("application", *application),
+        _cluster("neighbour", *neighbour, transport_socket=secured("Upstream")),
+    ]
+    return {
+        "admin": {"address": _address("127.0.0.1", ports.admin)},
+        "static_resources": {"listeners": listeners, "clusters": clusters},
+    }
+
+
+async def _ready(host: Host, port: int) -> bool:
     try:
         with trio.move_on_after(1):
-            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            async with await host.connect("127.0.0.1", port) as stream:
                 await stream.send_all(b"GET /ready HTTP/1.1\r\nhost: envoy\r\nconnection: close\r\n\r\n")
                 return b" 200 " in await stream.receive_some()
     except OSError:
@@ -217,8 +264,16 @@ async def _ready(port: int) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def envoy(directory: Path, ports: EnvoyPorts, bootstrap: dict[str, Any]) -> AsyncIterator[EnvoyPorts]:
+async def envoy(
+    directory: Path, ports: EnvoyPorts, bootstrap: dict[str, Any], *, host: Host | None = None
+) -> AsyncIterator[EnvoyPorts]:
     """Run Envoy with `bootstrap` for the body; one worker thread, ended by its own process id.
+
+    Args:
+        directory: for its configuration and its log.
+        ports: where it listens, as in `bootstrap`.
+        bootstrap: by `config` or `sidecar_config`.
+        host: where it runs; here when None.
 
     Raises:
         RuntimeError: Envoy did not become ready within 30 seconds; the message has the end of its log.
@@ -227,17 +282,20 @@ async def envoy(directory: Path, ports: EnvoyPorts, bootstrap: dict[str, Any]) -
     file.write_text(json.dumps(bootstrap))
     binary = Path(sys.executable).with_name("envoy")
     log = directory / "envoy.log"
-    command = [str(binary), "-c", str(file), "--concurrency", "1", "--use-dynamic-base-id", "-l", "warning"]
+    where = host or Host(name="here", address="127.0.0.1")
+    command = where.command(
+        str(binary), "-c", str(file), "--concurrency", "1", "--use-dynamic-base-id", "-l", "warning"
+    )
     with log.open("wb") as output:
         process = await trio.lowlevel.open_process(command, stdout=output, stderr=subprocess.STDOUT)
         ports.pid = process.pid
         try:
             with trio.move_on_after(30):
-                while not await _ready(ports.admin):
+                while not await _ready(where, ports.admin):
                     if process.poll() is not None:
                         break
                     await trio.sleep(0.1)
-            if process.poll() is not None or not await _ready(ports.admin):
+            if process.poll() is not None or not await _ready(where, ports.admin):
                 raise RuntimeError(f"Envoy did not become ready: {log.read_text()[-2000:]}")
             yield ports
         finally:
