@@ -349,7 +349,8 @@ class Config:
         env="ZTUNNEL_WORKER_THREADS",
         parse=parse_share,
         meaning="processes that carry traffic, under one parent: a number, `0` for one a core, or a share of the cores"
-        " such as `50%`; unset or 1: the daemon's own process alone",
+        " such as `50%`; 1: the daemon's own process alone",
+        shown="`concurrency` of the proxy configuration, else 1",
     )
     cpu_limit: int | None = setting(
         None,

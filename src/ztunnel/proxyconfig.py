@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbone.errors import ConfigurationError
-from ztunnel.environment import parse_address, parse_port
+from ztunnel.environment import MAX_WORKERS, parse_address, parse_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,8 @@ MESH_FILE = Path("etc/istio/config/mesh")
 
 def read_proxy_config(environ: Mapping[str, str], directory: Path) -> dict[str, Any]:
     """The mesh file's `defaultConfig`, overridden by PROXY_CONFIG key by key. Unknown keys are ignored, as in Istio."""
-    merged: dict[str, Any] = {"discoveryAddress": None, "proxyAdminPort": None, "statsPort": None, "proxyMetadata": {}}
+    merged: dict[str, Any] = dict.fromkeys(("discoveryAddress", "proxyAdminPort", "statsPort", "concurrency"))
+    merged["proxyMetadata"] = {}
     path = directory / MESH_FILE
     try:
         mesh = _mapping(path.read_text(), str(path))
@@ -48,6 +49,12 @@ def _merge(merged: dict[str, Any], given: dict[Any, Any], where: str) -> None:
             if type(port) is not int or not 0 <= port <= 65_535:
                 raise ConfigurationError(f"{where}: {key} is {port!r}; expected a port from 0 to 65535")
             merged[key] = port
+    if (count := given.get("concurrency")) is not None:
+        if type(count) is not int or not 0 <= count <= MAX_WORKERS:
+            raise ConfigurationError(
+                f"{where}: concurrency is {count!r}; expected a number of workers up to {MAX_WORKERS}, 0 for one a core"
+            )
+        merged["concurrency"] = count
     if (metadata := given.get("proxyMetadata")) is not None:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ConfigurationError(f"{where}: proxyMetadata must map names to strings; quote numbers and booleans")

@@ -37,7 +37,12 @@ _MORE = [
     Variable(
         "TERMINATION_GRACE_PERIOD_SECONDS", "unset", "drain deadline from it, unless that is set: n - 5, at least 1"
     ),
-    Variable("PROXY_CONFIG", "unset", "YAML of `discoveryAddress`, `proxyAdminPort`, `statsPort`, `proxyMetadata`"),
+    Variable(
+        "PROXY_CONFIG",
+        "unset",
+        "YAML of `discoveryAddress`, `proxyAdminPort`, `statsPort`, `concurrency`, `proxyMetadata`;"
+        " wins over `defaultConfig` of `./etc/istio/config/mesh`",
+    ),
     Variable(
         "ISTIO_META_<key>",
         "unset",
@@ -113,6 +118,8 @@ def read_settings(fields: Fields, environ: Mapping[str, str], directory: Path) -
     for key, name in (("proxyAdminPort", "admin_port"), ("statsPort", "stats_port")):
         if proxy[key] is not None:
             values[name] = proxy[key]
+    if proxy["concurrency"] is not None:
+        values["worker_threads"] = str(proxy["concurrency"])
     values |= read_dns(metadata)
     if "TERMINATION_GRACE_PERIOD_SECONDS" in environ:
         values["drain_deadline"] = parse_variable(environ, "TERMINATION_GRACE_PERIOD_SECONDS", parse_grace)

@@ -184,6 +184,10 @@ def test_mesh_file_then_proxy_config_then_variables(tmp_path: Path) -> None:
         ({"PROXY_CONFIG": "["}, "PROXY_CONFIG is not YAML, line 1"),
         ({"PROXY_CONFIG": "[]"}, "PROXY_CONFIG is a list; expected keys and values"),
         ({"PROXY_CONFIG": "statsPort: x"}, "PROXY_CONFIG: statsPort is 'x'; expected a port"),
+        ({"PROXY_CONFIG": "concurrency: many"}, "PROXY_CONFIG: concurrency is 'many'; expected a number of workers"),
+        ({"PROXY_CONFIG": "concurrency: -1"}, "concurrency is -1"),
+        ({"PROXY_CONFIG": "concurrency: 257"}, "workers up to 256"),
+        ({"PROXY_CONFIG": "concurrency: true"}, "concurrency is True"),
         ({"PROXY_CONFIG": "proxyMetadata: {A: 1}"}, "quote numbers and booleans"),
         ({"PROXY_CONFIG": "discoveryAddress: http://x"}, "discoveryAddress is 'http://x' (only https"),
         ({"ISTIO_META_DNS_PROXY_ADDR": "nonsense"}, "failed to parse DNS_PROXY_ADDR: 'nonsense'"),
@@ -277,6 +281,10 @@ def test_connection_parameters_follow() -> None:
         ({"ZTUNNEL_WORKER_THREADS": "0", "ZTUNNEL_CPU_LIMIT": "8", "ZTUNNEL_RESOURCE_CPU_LIMIT": "2500m"}, 3),
         ({"ZTUNNEL_WORKER_THREADS": "100%", "ZTUNNEL_RESOURCE_CPU_LIMIT": "1.5"}, 2),
         ({"ZTUNNEL_WORKER_THREADS": "0", "ZTUNNEL_RESOURCE_CPU_LIMIT": "500m"}, 1),
+        ({"PROXY_CONFIG": "concurrency: 3"}, 3),
+        ({"PROXY_CONFIG": "concurrency: 0", "ZTUNNEL_CPU_LIMIT": "8"}, 8),
+        ({"PROXY_CONFIG": "concurrency: null"}, 1),
+        ({"PROXY_CONFIG": "concurrency: 3", "ZTUNNEL_WORKER_THREADS": "2"}, 2),
     ],
 )
 def test_workers_are_a_number_all_cores_or_a_share_of_them(environ: dict[str, str], workers: int) -> None:
