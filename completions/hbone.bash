@@ -9,7 +9,7 @@ _shtab_hbone_subparsers=(dev-ca connect listen inspect)
 
 _shtab_hbone_dev_ca_option_strings=(-h --help --trust-domain --days)
 _shtab_hbone_connect_option_strings=(-h --help --via --peer --timeout --cert --key --roots)
-_shtab_hbone_listen_option_strings=(-h --help --to --allow --host --cert --key --roots)
+_shtab_hbone_listen_option_strings=(-h --help --to --allow --host --drain --cert --key --roots)
 _shtab_hbone_inspect_option_strings=(-h --help --json --timeout --cert --key --roots)
 _shtab_hbone_option_strings=(-h --help)
 

@@ -68,6 +68,7 @@ _shtab_hbone_listen_options=(
   "--to[where streams are connected to]:HOST:PORT:"
   "*--allow[who may come\; repeatable]:PATTERN:"
   "--host[address to listen on (default\: every one)]:host:"
+  "--drain[seconds for open streams at the end (default\: 5)]:drain:"
   "--cert[our certificate, then intermediates (or HBONE_CERT)]:FILE:_files"
   "--key[its private key (or HBONE_KEY)]:FILE:_files"
   "--roots[roots of our trust domain (or HBONE_ROOTS)]:FILE:_files"

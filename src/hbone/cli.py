@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["build_parser", "main"]
 
 HBONE_PORT = 15008
+_INTERRUPTED = 130
 _CHUNK = 65_536
 _LONGEST_NAME = 200  # letters of a file's name, with room for its ending
 _IDENTITY = (("cert", "HBONE_CERT"), ("key", "HBONE_KEY"), ("roots", "HBONE_ROOTS"))
@@ -81,13 +83,15 @@ def build_parser() -> Parser:
         _listen,
         "take tunnels, and connect their streams to one address",
         "Every stream of an allowed peer leads to --to, whatever authority it asks for. A PATTERN is a SPIFFE ID, or\n"
-        "ends in /* for all below.",
+        "ends in /* for all below. SIGTERM or SIGINT ends it: peers are told by GOAWAY, and open streams have --drain\n"
+        "seconds; a second signal ends it at once.",
         "hbone listen 15008 --to 127.0.0.1:8080 --allow 'spiffe://cluster.local/ns/shop/*'",
     )
     listen.add_argument("port", metavar="PORT", type=_port, help="0 lets the system choose")
     listen.add_argument("--to", metavar="HOST:PORT", required=True, help="where streams are connected to")
     listen.add_argument("--allow", metavar="PATTERN", action="append", required=True, help="who may come; repeatable")
     listen.add_argument("--host", help="address to listen on (default: every one)")
+    listen.add_argument("--drain", type=_seconds, default=5.0, help="seconds for open streams at the end (default: 5)")
     _add_identity(listen)
 
     inspect = _command(
@@ -370,13 +374,15 @@ def _listen(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--allow: {error}; write SPIFFE IDs, or patterns that end in /*") from None
     source = _source(arguments, needed=True)
     try:
-        return _run(_serve, source, arguments.port, arguments.host, target, authorize)
+        return _run(_serve, source, arguments.port, arguments.host, target, authorize, arguments.drain)
     except OSError as error:
         where = f"{arguments.host or '*'}:{arguments.port}"
         raise CommandError(f"cannot listen on {where}: {(error.strerror or str(error)).lower()}") from None
 
 
-async def _serve(source: FileSource, port: int, host: str | None, target: tuple[str, int], authorize: Any) -> int:
+async def _serve(
+    source: FileSource, port: int, host: str | None, target: tuple[str, int], authorize: Any, drain: float
+) -> int:
     import logging
 
     import trio
@@ -401,15 +407,29 @@ async def _serve(source: FileSource, port: int, host: str | None, target: tuple[
         _say(f"{stream.peer} to {stream.request.authority}: connected")
         await relay(stream, tcp)
 
+    serving = trio.CancelScope()
+    code = int(ExitCode.DONE)
+
+    async def serve(task_status: trio.TaskStatus[Any]) -> None:
+        with serving:
+            await hbone.trio.serve(
+                handler, source, port, host=host, authorize=authorize, drain_timeout=drain, task_status=task_status
+            )
+        nursery.cancel_scope.cancel()
+
     async with trio.open_nursery() as nursery:
-
-        async def serve(task_status: trio.TaskStatus[Any]) -> None:
-            await hbone.trio.serve(handler, source, port, host=host, authorize=authorize, task_status=task_status)
-
-        listeners = await nursery.start(serve)
-        bound = listeners[0].socket.getsockname()
-        _say(f"listening on {bound[0]}:{bound[1]} as {source.current().id}, to {target[0]}:{target[1]}")
-    return ExitCode.DONE
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            listeners = await nursery.start(serve)
+            bound = listeners[0].socket.getsockname()
+            _say(f"listening on {bound[0]}:{bound[1]} as {source.current().id}, to {target[0]}:{target[1]}")
+            async for number in signals:
+                if serving.cancel_called:
+                    os._exit(128 + number)
+                if number == signal.SIGINT:
+                    code = _INTERRUPTED
+                _say(f"{signal.Signals(number).name}: no new streams; open ones have {drain:g} s")
+                serving.cancel()  # the server drains
+    return code
 
 
 # inspect

@@ -10,11 +10,15 @@ import socket
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pytest
+import trio
 
+import hbone.trio
 from hbone.cli import build_parser, main
+from hbone.errors import ConnectionLost, ConnectRejected
+from hbone.identity import FileSource
 
 if TYPE_CHECKING:
     import pathlib
@@ -61,20 +65,25 @@ def echo_once(answer: bytes = b"got ") -> Iterator[int]:
         thread.join()
 
 
-@contextlib.contextmanager
-def listening(ca: pathlib.Path, to: int, allow: str = "spiffe://cluster.local/*") -> Iterator[int]:
+def start_listening(ca: pathlib.Path, to: int, *options: str) -> tuple[subprocess.Popen[str], int]:
     where = ["--host", "127.0.0.1", "--to", f"127.0.0.1:{to}"]
     process = subprocess.Popen(
-        [*HBONE, "listen", "0", *where, "--allow", allow, *identity(ca, "orders")],
+        [*HBONE, "listen", "0", *where, *options, *identity(ca, "orders")],
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stderr is not None
+    line = process.stderr.readline()
+    assert "listening on 127.0.0.1:" in line
+    assert "as spiffe://cluster.local/ns/shop/sa/orders" in line
+    return process, int(line.split("127.0.0.1:")[1].split()[0])
+
+
+@contextlib.contextmanager
+def listening(ca: pathlib.Path, to: int, allow: str = "spiffe://cluster.local/*") -> Iterator[int]:
+    process, port = start_listening(ca, to, "--allow", allow)
     try:
-        line = process.stderr.readline()
-        assert "listening on 127.0.0.1:" in line
-        assert "as spiffe://cluster.local/ns/shop/sa/orders" in line
-        yield int(line.split("127.0.0.1:")[1].split()[0])
+        yield port
     finally:
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=20)[1]
@@ -120,6 +129,66 @@ def test_a_target_that_is_down_is_no(ca: pathlib.Path) -> None:
         done = connect(port, ca)
         assert done.returncode == 1
         assert b"status 503" in done.stderr
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_sigterm_lets_open_streams_finish_until_the_deadline(ca: pathlib.Path, ends: bool) -> None:
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    source = FileSource(ca / "client.pem", ca / "client.key", roots=ca / "root.pem")
+    to = listener.socket.getsockname()[1]
+    drain = "60" if ends else "0.5"
+    process, port = start_listening(ca, to, "--allow", "spiffe://cluster.local/*", "--drain", drain)
+    assert process.stderr is not None
+    async with listener, trio.open_nursery() as nursery, hbone.trio.ConnectionPool(source) as pool:
+        try:
+            nursery.start_soon(trio.serve_listeners, answer, [listener])
+            via = ("127.0.0.1", port)
+            stream = await pool.connect("10.0.0.7:80", via=via, peer=None)
+            await stream.send_all(b"before")
+            assert await stream.receive_some() == b"before"
+            process.send_signal(signal.SIGTERM)
+            assert "SIGTERM: no new streams; open ones have" in (
+                await trio.to_thread.run_sync(lines_until, process.stderr, "SIGTERM")
+            )
+            with trio.fail_after(30):
+                while await takes_streams(pool, via):  # the second GOAWAY is on its way
+                    await trio.sleep(0.01)
+            if ends:
+                await stream.send_all(b"after")
+                assert await stream.receive_some() == b"after"
+                assert process.poll() is None
+                await stream.send_eof()
+                assert await stream.receive_some() == b""
+            else:
+                with pytest.raises(trio.BrokenResourceError):
+                    await stream.receive_some()
+            with trio.fail_after(30):
+                assert await trio.to_thread.run_sync(process.wait) == 0
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+            nursery.cancel_scope.cancel()
+
+
+async def answer(stream: trio.SocketStream) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+    await stream.send_eof()
+
+
+async def takes_streams(pool: hbone.trio.ConnectionPool, via: tuple[str, int]) -> bool:
+    try:
+        stream = await pool.connect("10.0.0.7:80", via=via, peer=None)
+    except (ConnectionLost, ConnectRejected):
+        return False
+    await stream.aclose()
+    return True
+
+
+def lines_until(file: IO[str], text: str) -> str:
+    return next((line for line in file if text in line), "")
 
 
 def test_inspect_shows_who_answers(ca: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
