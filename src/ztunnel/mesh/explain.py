@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ztunnel.errors import address_text
-from ztunnel.mesh.endpoints import candidates, rank
+from ztunnel.mesh.endpoints import Purpose, candidates, rank
 from ztunnel.mesh.rbac import Connection, decide
-from ztunnel.mesh.route import Plain, Refused, Resolve, Tunnel, find_service, route
+from ztunnel.mesh.route import Plain, Refused, Resolve, Tunnel, find_service, look_up, route
 from ztunnel.mesh.service import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from ztunnel.mesh.address import Address, IpAddress
+    from hbone.identity import SpiffeId
+    from ztunnel.mesh.address import Address, GatewayAddress, IpAddress
     from ztunnel.mesh.rbac import Decision
     from ztunnel.mesh.route import Route
     from ztunnel.mesh.service import Service
@@ -33,7 +34,7 @@ class Step:
     """One step of the decision."""
 
     topic: str
-    """`source`, `destination`, `endpoints`, `waypoint`, `route`, `peer` or `policy`."""
+    """`source`, `destination`, `endpoints`, `waypoint`, `gateway`, `route`, `peer` or `policy`."""
     text: str
 
 
@@ -59,6 +60,10 @@ class Explanation:
             outcome["authority"] = self.route.authority
             outcome["expectedPeers"] = sorted(map(str, self.route.expected))
             outcome["waypoint"] = self.route.waypoint
+            inner = self.route.inner
+            if inner is not None:
+                outcome["network"] = inner.workload.network
+                outcome["expectedPeersBehindGateway"] = sorted(map(str, inner.expected))
         elif isinstance(self.route, Plain):
             outcome["address"] = address_text(self.route.address)
         elif isinstance(self.route, Resolve):
@@ -115,11 +120,21 @@ def explain(
     steps.append(Step("destination", text))
 
     service = find_service(store, source, destination, addressed, network)
+    gateways: dict[GatewayAddress, str] = {}
     if service is not None:
-        steps += _endpoint_steps(store, source, service, port)
+        steps += _endpoint_steps(store, source, service, port, Purpose.DESTINATION, gateways)
+    if addressed is not None:
+        for entry in addressed.weighted_waypoints:
+            text = f"{entry.weight} of its connections belong through waypoint {entry.destination}"
+            steps.append(Step("waypoint", text + ("" if entry.weight else ": none")))
+            steps += _place_steps(store, source, entry.destination, Purpose.WAYPOINT, gateways)
     waypoint = target.waypoint if target is not None else addressed.waypoint if addressed is not None else None
     if waypoint is not None:
         steps.append(Step("waypoint", f"traffic to it belongs through waypoint {waypoint}"))
+        steps += _place_steps(store, source, waypoint, Purpose.WAYPOINT, gateways)
+    for reference, beyond in gateways.items():
+        steps.append(Step("gateway", f"network {beyond!r} is reached through {reference}"))
+        steps += _place_steps(store, source, reference, Purpose.GATEWAY, {})
 
     chosen = route(
         store,
@@ -142,32 +157,67 @@ def _name(workload: Workload) -> str:
     return f"{workload.namespace}/{workload.name or workload.uid}"
 
 
-def _endpoint_steps(store: Store, source: Workload, service: Service, port: int) -> list[Step]:
-    if service.passthrough:
-        return [Step("endpoints", f"service {service.key} keeps the original destination")]
+def _place_steps(
+    store: Store, source: Workload, reference: GatewayAddress, purpose: Purpose, gateways: dict[GatewayAddress, str]
+) -> list[Step]:
+    """What a reference leads to, and every alternative."""
+    service, workload = look_up(store, source, reference)
+    if service is not None:
+        return _endpoint_steps(store, source, service, reference.hbone_mtls_port, purpose, gateways)
+    if workload is None:
+        return [Step(purpose.value, f"{reference} is neither a service nor a workload that is known here")]
+    where = ", ".join(map(str, workload.addresses)) or workload.hostname or "no address"
+    if workload.network != source.network and workload.network_gateway is not None and purpose is Purpose.WAYPOINT:
+        gateways.setdefault(workload.network_gateway, workload.network)
+    return [Step(purpose.value, f"{reference} is workload {_name(workload)} at {where}, the only one")]
+
+
+def _endpoint_steps(
+    store: Store,
+    source: Workload,
+    service: Service,
+    port: int,
+    purpose: Purpose,
+    gateways: dict[GatewayAddress, str],
+) -> list[Step]:
+    """Each endpoint with what becomes of it.
+
+    Args:
+        store: The mesh.
+        source: The client's workload.
+        service: Whose endpoints.
+        port: Of the service.
+        purpose: What they are to be.
+        gateways: Gets the gateways of those on other networks.
+    """
+    topic = "endpoints" if purpose is Purpose.DESTINATION else purpose.value
+    if service.passthrough and purpose is Purpose.DESTINATION:
+        return [Step(topic, f"service {service.key} keeps the original destination")]
     steps: list[Step] = []
     taken = store.endpoints(service)
     for uid, endpoint in store.members(service).items():
         if uid not in taken and not endpoint.healthy:
-            steps.append(Step("endpoints", f"{uid} is left out: it is unhealthy"))
+            steps.append(Step(topic, f"{uid} is left out: it is unhealthy"))
     balancer = service.load_balancer
-    for endpoint, candidate, why in candidates(store, source, service, port):
+    for endpoint, candidate, why in candidates(store, source, service, port, purpose):
         if candidate is None:
-            steps.append(Step("endpoints", f"{endpoint.workload_uid} is left out: {why}"))
+            steps.append(Step(topic, f"{endpoint.workload_uid} is left out: {why}"))
             continue
         workload = candidate.workload
         text = f"{_name(workload)} may be chosen, on port {candidate.port}, with weight {workload.capacity}"
-        if workload.network != source.network:
-            text = f"{_name(workload)} is on network {workload.network!r}, which cannot be reached from here yet"
-        elif balancer is not None and balancer.mode in {Mode.STRICT, Mode.FAILOVER}:
+        if workload.network != source.network and purpose is not Purpose.GATEWAY:
+            text = f"{_name(workload)} on network {workload.network!r} may be chosen, with weight {workload.capacity}"
+            if workload.network_gateway is not None:
+                gateways.setdefault(workload.network_gateway, workload.network)
+        if balancer is not None and balancer.mode in {Mode.STRICT, Mode.FAILOVER}:
             matched = rank(source, workload, balancer.preferences)[1]
             text += f"; meets {matched} of {len(balancer.preferences)} preferences ({balancer.mode.value})"
-        steps.append(Step("endpoints", text))
+        steps.append(Step(topic, text))
     if not steps:
-        steps.append(Step("endpoints", f"service {service.key} has no endpoint"))
+        steps.append(Step(topic, f"service {service.key} has no endpoint"))
     if len(steps) > _MAX_LISTED:
         more = len(steps) - _MAX_LISTED
-        steps = [*steps[:_MAX_LISTED], Step("endpoints", f"and {more} more")]
+        steps = [*steps[:_MAX_LISTED], Step(topic, f"and {more} more")]
     return steps
 
 
@@ -181,15 +231,31 @@ def _route_steps(chosen: Route) -> list[Step]:
         if chosen.workload is None:
             return [Step("route", f"plain TCP to {where}: it is passed through, out of the mesh")]
         return [Step("route", f"plain TCP to {_name(chosen.workload)} at {where}: it takes no tunnels")]
-    kind = "waypoint" if chosen.waypoint else "workload"
+    inner = chosen.inner
+    kind = "gateway" if inner is not None else "waypoint" if chosen.waypoint else "workload"
     text = f"HBONE tunnel to {kind} {_name(chosen.workload)} at {address_text(chosen.next_hop)}"
-    expected = " or ".join(sorted(map(str, chosen.expected)))
-    return [Step("route", f"{text}, asking for {chosen.authority}"), Step("peer", f"it must prove to be {expected}")]
+    steps = [
+        Step("route", f"{text}, asking for {chosen.authority}"),
+        Step("peer", f"it must prove to be {_any_of(chosen.expected)}"),
+    ]
+    if inner is not None:
+        steps[1:1] = [
+            Step("route", f"in it, a tunnel to whom the gateway chooses on network {inner.workload.network!r}")
+        ]
+        steps.append(Step("peer", f"whoever answers behind it must prove to be {_any_of(inner.expected)}"))
+        steps.append(Step("policy", "the policies of whoever answers are asked there"))
+    return steps
+
+
+def _any_of(identities: frozenset[SpiffeId]) -> str:
+    names = sorted(map(str, identities))
+    more = f" or one of {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return " or ".join(names[:_MAX_LISTED]) + more
 
 
 def _decision(store: Store, source: Workload, chosen: Route, client_ip: IpAddress | None) -> Decision | None:
     workload = chosen.workload if isinstance(chosen, (Tunnel, Plain)) else None
-    if workload is None:
+    if workload is None or (isinstance(chosen, Tunnel) and chosen.inner is not None):
         return None
     source_ip = client_ip or next(iter(source.addresses), None)
     address = _reached(chosen)

@@ -26,7 +26,7 @@ from ztunnel.errors import (
     UnusableDestination,
     address_text,
 )
-from ztunnel.mesh.address import NamespacedHostname, canonical, is_loopback
+from ztunnel.mesh.address import NamespacedHostname, NetworkAddress, canonical, is_loopback
 from ztunnel.mesh.endpoints import Purpose, choose
 from ztunnel.mesh.store import resolve_reference
 from ztunnel.mesh.workload import Protocol
@@ -53,6 +53,7 @@ __all__ = [
     "choose_waypoint",
     "find_place",
     "find_service",
+    "look_up",
     "route",
 ]
 
@@ -283,6 +284,18 @@ class Place:
     """An address of the family that is preferred."""
 
 
+def look_up(store: Store, source: Workload, reference: GatewayAddress) -> tuple[Service | None, Workload | None]:
+    """The service that a reference means, or else the workload."""
+    to = reference.destination
+    if isinstance(to, NamespacedHostname):
+        service = store.services.get(str(to))
+        workload = store.workload_by_hostname(to.namespace, to.hostname) if service is None else None
+    else:
+        service = store.service_by_vip(to.network, to.ip, source.namespace)
+        workload = store.workload_by_address(to.network, to.ip) if service is None else None
+    return service, workload
+
+
 def find_place(
     store: Store, source: Workload, reference: GatewayAddress, hint: IpAddress, rng: random.Random, purpose: Purpose
 ) -> Place | Workload | None:
@@ -301,13 +314,9 @@ def find_place(
     """
     to = reference.destination
     port = reference.hbone_mtls_port
-    if isinstance(to, NamespacedHostname):
-        service = store.services.get(str(to))
-        workload = store.workload_by_hostname(to.namespace, to.hostname) if service is None else None
-    else:
+    if isinstance(to, NetworkAddress):
         hint = to.ip
-        service = store.service_by_vip(to.network, to.ip, source.namespace)
-        workload = store.workload_by_address(to.network, to.ip) if service is None else None
+    service, workload = look_up(store, source, reference)
     if service is not None:
         choice = choose(store, source, service, port, purpose)
         chosen: Candidate | None = choice.draw(rng)

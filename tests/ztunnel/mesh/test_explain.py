@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from tests.support.mesh import at, gateway_at, hbone, service, store_of, tcp
+from tests.support.mesh import at, gateway_at, gateway_named, hbone, service, store_of, tcp
 
 from ztunnel.mesh import Authorization, Store
 from ztunnel.mesh.explain import Explanation, explain
@@ -72,7 +72,10 @@ def test_plaintext_carries_no_identity_to_the_policies() -> None:
 def test_waypoint_passthrough_and_refusal_are_told() -> None:
     store = store_of(hbone("web", "10.2.0.1", waypoint=gateway_at("10.9.0.9")))
     found = told(store, "10.2.0.1:80")
-    assert texts(found, "waypoint") == ["traffic to it belongs through waypoint /10.9.0.9:15008"]
+    assert texts(found, "waypoint") == [
+        "traffic to it belongs through waypoint /10.9.0.9:15008",
+        "/10.9.0.9:15008 is neither a service nor a workload that is known here",
+    ]
     assert texts(found, "route") == ["refused: unknown waypoint: /10.9.0.9:15008"]
     assert found.to_dict()["route"] == {"kind": "refused", "error": "unknown waypoint: /10.9.0.9:15008"}
     passed = told(store, "1.2.3.4:80")
@@ -86,3 +89,50 @@ def test_many_endpoints_are_cut_short() -> None:
     found = told(store_of(service("web", "10.96.0.1"), *many), "10.96.0.1:80")
     assert len(texts(found, "endpoints")) == 21
     assert texts(found, "endpoints")[-1] == "and 30 more"
+
+
+def test_gateway_is_named_with_the_alternatives_that_were_passed_over() -> None:
+    source = hbone("client", "10.1.0.1", network="near")
+    reference = gateway_named("istio", "gw.example", 15009)
+    key = "istio/gw.example"
+    store = store_of(
+        source,
+        service("web", "near/10.96.0.1"),
+        hbone("far", "10.2.0.1", network="far", network_gateway=reference, services={WEB: {}}),
+        hbone("lost", "10.2.0.2", network="third", services={WEB: {}}),
+        service("gw", namespace="istio", hostname="gw.example", ports={15009: 15008}),
+        tcp("gw-1", "9.9.9.1", network="far", services={key: {}}),
+        tcp("gw-2", "9.9.9.2", network="far", services={key: {}}, capacity=0),
+    )
+    found = explain(store, source, at("10.96.0.1:80"), network="near")
+    assert found.allowed
+    assert texts(found, "endpoints") == [
+        "default/far on network 'far' may be chosen, with weight 1",
+        "c//Pod/default/lost is left out: it is on network 'third', and no gateway to there is known",
+    ]
+    assert texts(found, "gateway") == [
+        "network 'far' is reached through istio/gw.example:15009",
+        "default/gw-1 may be chosen, on port 15008, with weight 1",
+        "c//Pod/default/gw-2 is left out: its capacity is 0",
+    ]
+    assert texts(found, "route") == [
+        "HBONE tunnel to gateway default/gw-1 at 9.9.9.1:15008, asking for web.default.svc.cluster.local:80",
+        "in it, a tunnel to whom the gateway chooses on network 'far'",
+    ]
+    assert texts(found, "peer") == [
+        "it must prove to be spiffe://cluster.local/ns/default/sa/gw-1",
+        "whoever answers behind it must prove to be spiffe://cluster.local/ns/default/sa/far",
+    ]
+    assert found.decision is None
+    told = found.to_dict()["route"]
+    assert told["network"] == "far"
+    assert told["expectedPeersBehindGateway"] == ["spiffe://cluster.local/ns/default/sa/far"]
+
+
+def test_unknown_gateway_is_told() -> None:
+    source = hbone("client", "10.1.0.1", network="near")
+    away = gateway_at("9.9.9.9", 15009, network="far")
+    far = hbone("far", "10.2.0.1", network="far", network_gateway=away, services={WEB: {}})
+    found = explain(store_of(source, service("web", "near/10.96.0.1"), far), source, at("10.96.0.1:80"), network="near")
+    assert texts(found, "gateway")[1] == "far/9.9.9.9:15009 is neither a service nor a workload that is known here"
+    assert texts(found, "route") == ["refused: unknown network gateway: far/9.9.9.9:15009"]
