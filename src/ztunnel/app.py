@@ -37,11 +37,12 @@ from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dumpconfig import config_dump
 from ztunnel.errors import address_text
 from ztunnel.given import Given
-from ztunnel.membership import Membership, timestamp
+from ztunnel.membership import Membership
 from ztunnel.mesh.address import parse_ip
 from ztunnel.metrics import Metrics
 from ztunnel.profiler import sample
 from ztunnel.questions import answer
+from ztunnel.standing import add_gauges, timestamp
 from ztunnel.takeover import PREPARE, TakeOver, TakeOverFailed, serve_takeover
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Daemon:
         self._page_sockets: list[tuple[str, socket.socket | trio.socket.SocketType]] = []
         self._owns_paths = True
         self._handed_over = False
-        self._add_gauges()
+        add_gauges(self.metrics, self.mesh)
 
     def _make_dns(self) -> DnsProxy:
         try:
@@ -217,7 +218,7 @@ class Daemon:
             ("admin", admin, config.loopback_host, config.admin_port, ()),
             (
                 "stats",
-                stats_app(self.metrics, functools.partial(self.path.refresh, "counts")),
+                stats_app(self.metrics, self._refresh_counts),
                 config.listen_host,
                 config.stats_port,
                 None,
@@ -392,6 +393,11 @@ class Daemon:
     async def refresh(self) -> None:
         """Bring `status` up to date."""
         await self.path.refresh("status")
+        await self.mesh.look_at_token()
+
+    async def _refresh_counts(self) -> None:
+        await self.path.refresh("counts")
+        await self.mesh.look_at_token()
 
     def level_changed(self) -> None:
         """The log level is another now."""
@@ -478,27 +484,6 @@ class Daemon:
             ConfigurationError: the question names nothing that is known.
         """
         return await answer(self.mesh, destination, source)
-
-    def _add_gauges(self) -> None:
-        mesh, gauge = self.mesh, self.metrics.add_gauge
-
-        def expiry() -> float:
-            identity = mesh.svids.held()
-            return identity.svid.expires_at.timestamp() if identity is not None else 0.0
-
-        def stale() -> float:
-            since = mesh.discovery.status().stale_since if mesh.discovery is not None else None
-            return max(0.0, time.time() - since) if since is not None else 0.0
-
-        gauge(
-            "ztunnel_certificate_expiration_timestamp_seconds", "End of the certificate in use, 0 without one", expiry
-        )
-        gauge("ztunnel_mesh_stale_seconds", "Age of the picture of the mesh while the control plane is away", stale)
-        gauge(
-            "ztunnel_control_plane_connected",
-            "Whether the discovery stream is open",
-            lambda: float(mesh.discovery is not None and mesh.discovery.status().connected),
-        )
 
 
 def run(

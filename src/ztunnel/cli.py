@@ -249,6 +249,9 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
         if identity["expires"]:
             text += f", expires {identity['expires']}, renewed in {identity['renewsInSeconds']:.0f} s"
         rows.append(("identity", text + (f"; last error: {identity['error']}" if identity["error"] else "")))
+    ends = [(found[key], what) for key, what in (("rootsExpire", "roots"), ("tokenExpires", "token")) if found[key]]
+    if ends:
+        rows.append(("", ", ".join(f"{what} until {when}" for when, what in ends)))
     if not found["identities"]:
         rows.append(("identity", "none yet: the control plane has not described this workload"))
     plane = found["controlPlane"]
@@ -267,6 +270,7 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
     rows.append(("mesh", f"{mesh['workloads']} workloads, {mesh['services']} services, {mesh['policies']} policies"))
     if not mesh["knowsWorkload"]:
         rows.append(("", "this workload is not in it: its connections are refused"))
+    rows.append(("revocation", _revocation_text(found["revocation"])))
     tunnels = found["tunnels"]
     streams = sum(tunnel["streams"] for tunnel in tunnels)
     outbound = sum(tunnel["direction"] == "outbound" for tunnel in tunnels)
@@ -280,6 +284,17 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
     rows.append(("captured", reach.capture_text(found["reach"])))
     rows.append(("past the mesh", reach.exposed_text(found["reach"])))
     return [f"{name:14} {text}" for name, text in rows]
+
+
+def _revocation_text(revocation: dict[str, Any]) -> str:
+    text = "no lists"
+    if revocation["lists"]:
+        text = f"{revocation['lists']} lists of {revocation['certificates']} certificates, as of {revocation['asOf']}"
+        if revocation["overdue"]:
+            text += f", due for replacement since {revocation['nextUpdate']} and still in force"
+        elif revocation["nextUpdate"]:
+            text += f", next due {revocation['nextUpdate']}"
+    return text + (f"; {revocation['file']} is not read: {revocation['error']}" if revocation["error"] else "")
 
 
 def _workers_text(workers: list[dict[str, Any]]) -> str:

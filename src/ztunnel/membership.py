@@ -13,6 +13,7 @@ import trio
 
 from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
+from ztunnel import standing
 from ztunnel.control.ca import CaClient
 from ztunnel.control.cache import CacheWriter
 from ztunnel.control.discovery import DiscoveryClient, make_node
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ztunnel.mesh import Change, Workload
     from ztunnel.mesh import local as local_file
 
-__all__ = ["Membership", "timestamp"]
+__all__ = ["Membership"]
 
 ROOT = Path("./var/run/secrets/istio/root-cert.pem")
 TOKEN = Path("./var/run/secrets/tokens/istio-token")
@@ -82,7 +83,8 @@ class Membership:
         self.served = config.served
         self.state = state
         self.store = Store()
-        self._wall = wall
+        self.wall = wall
+        """Seconds since 1970."""
         self.pace = pace or Pace()
         """Cuts the work of large responses."""
         self.local_text: str | None = None
@@ -95,7 +97,9 @@ class Membership:
         self.revocations = Revocations(config.crl_path, state if check_revocations else None)
         """Certificates that were taken back."""
         self._check_revocations = check_revocations
-        token = TokenSource.from_setting(config.auth_token, TOKEN)
+        token = self._token = TokenSource.from_setting(config.auth_token, TOKEN)
+        self.token_expires: float | None = None
+        """When the token for the control plane ends, as of the last look; None where there is none that says so."""
         self.svids = SvidManager(authority or self._ca(token), save=self._keep_identity, wall=wall)
         self.discovery = self._discovery(token, metrics, xds) if config.xds_address or xds else None
         self._writer: CacheWriter | None = None
@@ -133,7 +137,7 @@ class Membership:
             token=token,
             cluster_id=config.cluster_id,
             headers=config.ca_headers,
-            wall=self._wall,
+            wall=self.wall,
             warn=lambda text: log.warning("answer of the CA", error=text),
             remedy=self._remedy(),
         )
@@ -183,7 +187,7 @@ class Membership:
             applied=self._mesh_changed,
             revocations=self.revocations if self._check_revocations else None,
             spread=lambda raw, resources: self.spread(raw, resources),
-            wall=self._wall,
+            wall=self.wall,
             remedy=self._remedy(),
             pace=self.pace,
         )
@@ -230,7 +234,7 @@ class Membership:
         if state is None:
             return
         identity = state.load_identity(
-            namespace=self.served.namespace, service_account=self.served.service_account, now=self._wall()
+            namespace=self.served.namespace, service_account=self.served.service_account, now=self.wall()
         )
         if identity is not None:
             self.svids.adopt(identity)
@@ -258,8 +262,8 @@ class Membership:
         with trio.move_on_after(patience):
             await self.discovery.ready.wait()
             return
-        since = self.discovery.status().stale_since
-        log.warning("serving by the mesh kept on disk: the control plane is away", stale_since=timestamp(since))
+        stale = standing.timestamp(self.discovery.status().stale_since)
+        log.warning("serving by the mesh kept on disk: the control plane is away", stale_since=stale)
 
     async def run(self) -> None:
         """Keep certificate and mesh up to date until cancelled."""
@@ -300,52 +304,12 @@ class Membership:
     def _stale_since(self) -> float | None:
         return self.discovery.status().stale_since if self.discovery is not None else None
 
+    async def look_at_token(self) -> None:
+        """Bring `token_expires` up to date: the file may be another now, and on a disk that does not answer."""
+        if self._token is not None:
+            with trio.move_on_after(1):
+                self.token_expires = await trio.to_thread.run_sync(self._token.expires, abandon_on_cancel=True)
+
     def status(self) -> dict[str, Any]:
         """Identity, control plane and mesh, for `ztunnel status`."""
-        svid = self.svids.status()
-        found: dict[str, Any] = {
-            "workload": str(self.served),
-            "identities": [],
-            "controlPlane": None,
-            "mesh": {
-                "workloads": len(self.store.workloads),
-                "services": len(self.store.services),
-                "policies": len(self.store.policies),
-                "knowsWorkload": self.own_workload() is not None,
-            },
-            "revocation": {
-                "lists": len(self.revocations.current.lists),
-                "file": str(self.config.crl_path) if self.config.crl_path is not None else None,
-                "error": self.revocations.error,
-            },
-            "stateDirectory": str(self.state.path) if self.state is not None else None,
-        }
-        if svid.identity is not None:
-            found["identities"] = [
-                {
-                    "identity": str(svid.identity),
-                    "state": svid.state,
-                    "notBefore": timestamp(svid.not_before.timestamp() if svid.not_before else None),
-                    "expires": timestamp(svid.expires_at.timestamp() if svid.expires_at else None),
-                    "renewsInSeconds": round(svid.renew_in, 1) if svid.renew_in is not None else None,
-                    "error": svid.last_error,
-                }
-            ]
-        if self.discovery is not None:
-            status = self.discovery.status()
-            found["controlPlane"] = {
-                "address": self.config.xds_address,
-                "connected": status.connected,
-                "synced": status.synced,
-                "connectedSince": timestamp(status.connected_since),
-                "lastUpdate": timestamp(status.last_update),
-                "staleSince": timestamp(status.stale_since),
-                "error": status.last_error,
-                "rejected": status.rejected,
-            }
-        return found
-
-
-def timestamp(seconds: float | None) -> str | None:
-    """Seconds since 1970 as RFC 3339, for people and programs."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)) if seconds is not None else None
+        return standing.status(self)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.openmetrics import parser
@@ -25,6 +27,65 @@ STABLE = {
     "process_max_fds",
     "process_open_fds",
 }
+
+
+SOURCE_LABELS = (
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+)
+COMMON = (
+    "reporter",
+    *SOURCE_LABELS,
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    "destination_workload",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "request_protocol",
+    "response_flags",
+    "connection_security_policy",
+    "source_region",
+    "source_zone",
+    "destination_region",
+    "destination_zone",
+)
+DNS = ("request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision")
+ISTIOS = {
+    "istio_build": ("gauge", ("component", "tag")),
+    "istio_tcp_connections_opened_total": ("counter", COMMON),
+    "istio_tcp_connections_closed_total": ("counter", COMMON),
+    "istio_tcp_connections_failed_total": ("counter", COMMON),
+    "istio_tcp_received_bytes_total": ("counter", COMMON),
+    "istio_tcp_sent_bytes_total": ("counter", COMMON),
+    "istio_tcp_sockets_open": ("gauge", ("reporter",)),
+    "istio_on_demand_dns_total": ("counter", (*SOURCE_LABELS, "hostname")),
+    "istio_crl_policy_rejections_total": ("counter", ("reporter",)),
+    "istio_crl_untracked_connections_total": ("counter", ("reporter",)),
+    "istio_dns_requests_total": ("counter", DNS),
+    "istio_dns_upstream_requests_total": ("counter", DNS),
+    "istio_dns_upstream_failures_total": ("counter", DNS),
+    "istio_dns_upstream_request_duration_seconds_bucket": ("histogram", (*DNS, "le")),
+    "istio_dns_upstream_request_duration_seconds_sum": ("histogram", DNS),
+    "istio_dns_upstream_request_duration_seconds_count": ("histogram", DNS),
+    "istio_xds_connection_terminations_total": ("counter", ("reason",)),
+    "istio_xds_message_total": ("counter", ("url",)),
+    "istio_xds_message_bytes_total": ("counter", ("url",)),
+    "process_open_fds": ("gauge", ()),
+    "process_max_fds": ("gauge", ()),
+}
+"""ztunnel's samples with their types and labels in order; without those of its runtime (tokio) and of in-pod mode."""
 
 
 def page(metrics: Metrics) -> str:
@@ -57,6 +118,41 @@ def test_labels_stand_in_istios_order() -> None:
         'connection_security_policy="mutual_tls",source_region="r",source_zone="z",destination_region="unknown",'
         'destination_zone="unknown"} 1'
     )
+
+
+def test_samples_have_ztunnels_names_types_and_labels() -> None:
+    metrics = Metrics()
+    traffic = outbound(metrics)
+    traffic.opened()
+    traffic.closed(ResponseFlag.CONNECT)
+    metrics.socket_opened("source")
+    metrics.on_demand_dns(SOURCE, "web.example")
+    metrics.crl_rejected("source")
+    metrics.crl_untracked("source")
+    metrics.dns_request("a", "udp", SOURCE)
+    metrics.dns_forwarded("a", "udp", SOURCE, 0.002, failed=True)
+    metrics.xds_message("type", 5)
+    metrics.xds_terminated("Complete")
+    types: dict[str, str] = {}
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for line in page(metrics).splitlines():
+        if line.startswith("# TYPE"):
+            types[line.split()[2]] = line.split()[3]
+        elif not line.startswith("#"):
+            name, _, rest = line.partition(" ")[0].partition("{")
+            family = re.sub("_(total|bucket|sum|count)$", "", name)
+            found[name] = (types[family], tuple(re.findall(r'(?:^|,)(\w+)="', rest)))
+    assert {name: what for name, what in found.items() if not name.startswith("ztunnel_")} == ISTIOS
+
+
+def test_buckets_of_the_resolvers_time_are_ztunnels() -> None:
+    metrics = Metrics()
+    metrics.dns_forwarded("a", "udp", None, 0.05, failed=False)
+    name = "istio_dns_upstream_request_duration_seconds_bucket"
+    buckets = [line for line in page(metrics).splitlines() if line.startswith(name)]
+    assert [re.findall('le="([^"]+)"} (.+)', line)[0] for line in buckets] == [
+        (bound, str(int(float(bound) >= 0.05))) for bound in ("0.0005", "0.001", "0.01", "0.1", "1.0", "5.0", "+Inf")
+    ]
 
 
 def test_bytes_and_ends_are_counted_by_flag() -> None:

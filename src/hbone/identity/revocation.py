@@ -78,6 +78,11 @@ class RevocationLists:
     def __bool__(self) -> bool:
         return bool(self._by_issuer)
 
+    @property
+    def count(self) -> int:
+        """Certificates that the lists name."""
+        return sum(len(serials) for entries in self._by_issuer.values() for _, serials in entries)
+
     def find(self, path: Sequence[x509.Certificate]) -> Revoked | None:
         """The first revoked certificate of a verified path, leaf first and root last.
 

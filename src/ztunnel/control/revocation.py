@@ -143,6 +143,11 @@ class Revocations:
                 f"CRL_PATH {str(path)!r} cannot be used: {_reason(error)}; repair the file, or unset CRL_PATH"
             ) from None
 
+    def next_update(self) -> float | None:
+        """When the first of the lists should have been replaced by a newer one, seconds since 1970."""
+        due = [found.next_update_utc for found in self.current.lists]
+        return min((moment.timestamp() for moment in due if moment is not None), default=None)
+
     def restore(self) -> None:
         """Put the lists of discovery that were kept on disk in force."""
         if self._state is None:

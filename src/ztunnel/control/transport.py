@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import socket
 import ssl
@@ -192,6 +194,14 @@ class TokenSource:
                 f"{what} holds characters that no token has; it should be one line of printable ASCII"
             )
         return token
+
+    def expires(self) -> float | None:
+        """When the token ends, seconds since 1970, if it is one that says so. For people; nothing is decided by it."""
+        try:
+            claims = json.loads(base64.urlsafe_b64decode(self.read().split(".")[1] + "=="))
+            return float(claims["exp"])
+        except (ControlPlaneError, ValueError, IndexError, KeyError, TypeError):
+            return None
 
 
 class RootSource:

@@ -39,6 +39,7 @@ class Starter:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: trio.socket.SocketType | None = None
         self._busy = trio.Lock()
+        self._closed = False
 
     async def fork(self, number: int, sock: int, memory: int) -> int:
         """Start a worker on these descriptors; its process id.
@@ -51,12 +52,14 @@ class Starter:
                 try:
                     return await self._ask(number, sock, memory)
                 except (OSError, EOFError, trio.TooSlowError, trio.ClosedResourceError) as error:
-                    self.close()
+                    self._end()
                     if last:
                         raise StartFailed(f"the process that starts workers failed: {error!r}") from None
         raise AssertionError
 
     async def _ask(self, number: int, sock: int, memory: int) -> int:
+        if self._closed:
+            raise StartFailed("the daemon is stopping")
         if self._socket is None:
             self._launch()
         assert self._socket is not None
@@ -100,7 +103,11 @@ class Starter:
         self._socket = trio.socket.from_stdlib_socket(ours)
 
     def close(self) -> None:
-        """End it. Workers that were started live on."""
+        """End it, and start no further one. Workers that were started live on."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -19,9 +19,9 @@ from ztunnel.dataplane.listener import open_listeners
 from ztunnel.errors import address_text
 from ztunnel.jsonstream import Rows
 from ztunnel.logs import INBOUND, OUTBOUND
-from ztunnel.membership import timestamp
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from ztunnel.metrics import Counts
+from ztunnel.standing import timestamp
 from ztunnel.wire import discovery_pb2
 from ztunnel.workers.book import Page, make_memory
 from ztunnel.workers.link import Link
