@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hbone.identity import Identity
+    from miniistiod.store import IssuedCertificate
 
 ROUNDS = size(300, 30)
 TOKENS = 2
@@ -57,7 +58,12 @@ class Memory:
     tickets: list[Ticket] = attrs.Factory(list)
     serials: set[str] = attrs.Factory(set)
     machines: set[str] = attrs.Factory(set)
-    holders: list[Identity] = attrs.Factory(list)
+    holders: list[tuple[Identity, str]] = attrs.Factory(list)
+    """Who enrolled and was not revoked, with the name of its machine."""
+    revoked: set[str] = attrs.Factory(set)
+    """Serials of those who were revoked by a command that said so."""
+    leaving: set[str] = attrs.Factory(set)
+    """Machines that somebody at least tried to revoke."""
     lives: int = 0
     killed_starting: int = 0
 
@@ -88,7 +94,7 @@ class Client:
                     ticket.losers.add(applicant)
                 raise
             ticket.winners.add(applicant)
-            self._memory.holders.append(identity)
+            self._memory.holders.append((identity, f"vm-{ticket.account}"))
             await self.join(identity, f"vm-{ticket.account}")
             await self.renew(identity)
 
@@ -125,7 +131,25 @@ def check(store: Store, memory: Memory, serials: set[str]) -> None:
         assert len(ticket.winners) <= 1
         if ticket.winners:
             assert listed[ticket.id].spent is not None
-    assert memory.machines <= {name for _, name in store.registrations()}
+    assert memory.machines - memory.leaving <= {name for _, name in store.registrations()}
+    register = {item.serial: item for item in store.certificates(0.0)}
+    assert all(register[serial].revoked is not None for serial in memory.revoked)
+    # Nothing that was renewed with a revoked certificate is left, whoever was quicker.
+    assert not [item for item in register.values() if item.revoked is None and _revoked(register.get(item.parent))]
+
+
+def _revoked(item: IssuedCertificate | None) -> bool:
+    return item is not None and item.revoked is not None
+
+
+def revoke_one(directory: Path, memory: Memory, chance: random.Random) -> None:
+    """As `miniistiod revoke --serial` does, beside a control plane that issues."""
+    identity, name = memory.holders.pop(chance.randrange(len(memory.holders)))
+    memory.leaving.add(name)
+    serial = serial_text(identity.svid.serial)
+    with Store.open(directory) as store:
+        assert store.revoke(datetime.datetime.now(datetime.UTC).timestamp(), serial=serial).certificates
+    memory.revoked.add(serial)
 
 
 def new_tickets(store: Store, memory: Memory) -> None:
@@ -165,7 +189,9 @@ async def one_life(forks: Zygote, directory: Path, memory: Memory, chance: rando
                         if applicant not in ticket.losers:
                             nursery.start_soon(client.enrol, ticket, applicant)
                 if memory.holders:
-                    nursery.start_soon(client.renew, chance.choice(memory.holders))
+                    nursery.start_soon(client.renew, chance.choice(memory.holders)[0])
+                if len(memory.holders) > 3 and chance.random() < 0.3:
+                    nursery.start_soon(trio.to_thread.run_sync, revoke_one, state, memory, chance)
                 while len(memory.serials) < enough:
                     await trio.sleep(0.001)
                 await trio.sleep(chance.uniform(0.0, 0.1))
@@ -208,7 +234,7 @@ async def test_nothing_acknowledged_is_lost_and_no_token_works_twice(tmp_path: P
             with contextlib.suppress(GrpcError):
                 await client.ask(stranger, bearer(ticket.text))
                 raise AssertionError("a token was good for a second key")
-        for identity in chance.sample(memory.holders, min(3, len(memory.holders))):
+        for identity, _ in chance.sample(memory.holders, min(3, len(memory.holders))):
             await client.ask(Applicant(), [], identity)
         assert victim.kill(signal.SIGTERM) == 0
     # It was killed at work, not asleep.
@@ -216,3 +242,4 @@ async def test_nothing_acknowledged_is_lost_and_no_token_works_twice(tmp_path: P
     assert len(used) > ROUNDS // 3
     assert len(memory.machines) > ROUNDS // 10
     assert 0 < memory.killed_starting < ROUNDS
+    assert memory.revoked
