@@ -27,6 +27,8 @@ __all__ = ["CREATE_CERTIFICATE", "CertificateService", "accounts_on"]
 
 _log = get_logger("miniistiod.api")
 CREATE_CERTIFICATE = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
+MAX_REQUEST = 64 * 1024
+"""Bytes of a request, from callers that have proved nothing yet; a CSR may have a quarter of it."""
 
 
 class CertificateService:
@@ -42,7 +44,7 @@ class CertificateService:
     async def create(self, call: Call) -> None:
         """Sign a certificate for the identity that the caller has shown to be, or may ask for as a node's proxy."""
         self._metrics.requests.inc()
-        request = _parse(await call.receive())
+        request = _parse(await call.receive(MAX_REQUEST))
         self._callers.limit_anonymous(call)
         # The whole request is judged before a token is spent on it.
         try:
