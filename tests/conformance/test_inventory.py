@@ -11,7 +11,7 @@ from tests.support.inventory import Inventory, Row, never_runs
 INVENTORY = Inventory(Path(__file__).with_name("inventory.toml"))
 AREAS_EXPECTED = 18
 ITEMS_EXPECTED = 309
-GAPS = 5
+GAPS = 2
 
 
 def test_every_item_has_its_row() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 from tests.support.background import mesh_ca
-from tests.support.lab import DOCUMENTS, ECHO, GUARDED, WITHIN, Lab, lab, needs_namespaces
+from tests.support.lab import DOCUMENTS, ECHO, FAR, GUARDED, WITHIN, Lab, lab, needs_namespaces
 
 from hbone.errors import ConnectRejected
 from hbone.testing.envoy import EnvoyPorts, config, envoy, sidecar_config
@@ -78,6 +78,21 @@ spec:
   ports: [{number: 80, name: tcp, protocol: TCP, targetPort: 9000}]
   workloadSelector: {labels: {app: guarded}}
 ---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: inner, namespace: shop, labels: {app: inner}}
+spec: {address: "{epsilon}", network: elsewhere, serviceAccount: inner}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: far, namespace: shop}
+spec:
+  hosts: [far.shop.mesh]
+  addresses: [10.88.0.6]
+  resolution: STATIC
+  ports: [{number: 80, name: tcp, protocol: TCP}]
+  workloadSelector: {labels: {app: inner}}
+---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: by-the-waypoint, namespace: shop}
@@ -87,6 +102,19 @@ spec:
   rules:
   - from: [{source: {principals: [cluster.local/ns/shop/sa/waypoint, cluster.local/ns/shop/sa/neighbour]}}]
   - to: [{operation: {ports: ["9443"]}}]
+"""
+GATEWAY = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata:
+  name: to-elsewhere
+  namespace: shop
+  labels: {topology.istio.io/network: elsewhere}
+  annotations: {gateway.istio.io/service-account: waypoint}
+spec:
+  gatewayClassName: istio-remote
+  listeners: [{name: cross-network, port: 15008, protocol: HBONE, tls: {mode: Passthrough}}]
+  addresses: [ADDRESS]
 """
 MESH = (
     DOCUMENTS.replace("{app: guarded, kind: orders}", "{app: guarded, istio.io/use-waypoint: by-address}").replace(
@@ -98,7 +126,8 @@ MESH = (
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with lab(tmp_path_factory.mktemp("lab"), MESH, ("alpha", "gamma")) as running:
+    directory = tmp_path_factory.mktemp("lab")
+    with lab(directory, MESH, ("alpha", "gamma", "epsilon"), {"epsilon": "elsewhere"}) as running:
         yield running
 
 
@@ -115,16 +144,22 @@ def material(found: Lab, directory: Path, account: str) -> Issued:
 
 @contextlib.asynccontextmanager
 async def tunnelling(
-    found: Lab, directory: Path, host: str, account: str, *, waypoint: bool
+    found: Lab,
+    directory: Path,
+    host: str,
+    account: str,
+    *,
+    waypoint: bool = False,
+    application: tuple[str, int] = ("127.0.0.1", ECHO),
 ) -> AsyncIterator[EnvoyPorts]:
-    """Envoy with HBONE both ways; a waypoint sends what comes by HBONE on by HBONE, a sidecar to its application."""
+    """Envoy with HBONE both ways; a waypoint sends what comes by HBONE on by HBONE, others to an application."""
     material(found, directory, account)
     ports = EnvoyPorts()
     ports.hbone = 15008
     bootstrap = config(
         directory,
         ports,
-        application=("127.0.0.1", ports.outbound if waypoint else ECHO),
+        application=("127.0.0.1", ports.outbound) if waypoint else application,
         tunnel_to=(found.address("gamma"), 15008),
         authority=f"{found.address('gamma')}:{ECHO}",
         bind="0.0.0.0",
@@ -166,14 +201,34 @@ async def test_envoy_is_the_waypoint_of_a_workload_and_of_services(found: Lab, t
     assert await found.ask("alpha", gamma) == b""
 
 
+@pytest.mark.parametrize("address", ["{value: DELTA}", "{type: Hostname, value: waypoint.shop.mesh}"])
+async def test_envoy_is_the_gateway_of_another_network(found: Lab, tmp_path: Path, address: str) -> None:
+    delta = found.address("delta")
+    found.mesh.apply("gateway", GATEWAY.replace("ADDRESS", address.replace("DELTA", delta)))
+    behind = (found.address("epsilon"), 15008)
+    name = "far.shop.mesh:80"
+    async with tunnelling(found, tmp_path, "delta", "waypoint", application=behind):
+        assert await found.becomes(b"waypoint\n" + HELLO, "alpha", FAR, 80)
+        line = await found.logged("alpha", direction="outbound", dst__hbone_addr=name, bytes_sent=11)
+        assert line["dst.addr"] == f"{delta}:15008"
+        assert (line["dst.workload"], line["dst.service"]) == ("inner", "far.shop.mesh")
+        assert line["dst.identity"] == "spiffe://cluster.local/ns/shop/sa/inner"
+        came = await found.logged("epsilon", direction="inbound", dst__hbone_addr=name, bytes_recv=11)
+        assert came["src.identity"] == "spiffe://cluster.local/ns/shop/sa/client"
+        assert came["src.addr"].startswith(delta + ":")
+    assert await found.ask("alpha", FAR, 80) == b""
+    found.mesh.withdraw("gateway")
+    await found.logged("alpha", direction="outbound", error="no gateway to there is known")
+
+
 async def test_envoy_is_a_sidecar_that_takes_and_makes_tunnels(found: Lab, tmp_path: Path) -> None:
     beta = found.address("beta")
-    async with tunnelling(found, tmp_path, "beta", "orders", waypoint=False) as ports:
+    async with tunnelling(found, tmp_path, "beta", "orders") as ports:
         assert await found.becomes(HELLO, "alpha", beta)
         line = await found.logged("alpha", direction="outbound", dst__workload="orders", bytes_sent=11)
         assert (line["dst.addr"], line["dst.hbone_addr"]) == (f"{beta}:15008", f"{beta}:{ECHO}")
         assert await found.ask("beta", "127.0.0.1", ports.outbound) == b""  # orders may not come to guarded
-    async with tunnelling(found, tmp_path, "beta", "neighbour", waypoint=False) as ports:
+    async with tunnelling(found, tmp_path, "beta", "neighbour") as ports:
         assert await found.ask("beta", "127.0.0.1", ports.outbound) == HELLO
         came = await found.logged("gamma", src__identity="spiffe://cluster.local/ns/shop/sa/neighbour", bytes_sent=11)
         assert came["src.addr"].startswith(beta + ":")

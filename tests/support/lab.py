@@ -28,13 +28,14 @@ from hbone.testing.mesh import Mesh, Ztunnel, mesh
 from hbone.trio import ConnectionPool
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
 __all__ = [
     "DOCUMENTS",
     "ECHO",
+    "FAR",
     "GUARDED",
     "NAMED",
     "ORDERS",
@@ -48,7 +49,7 @@ __all__ = [
 
 ECHO, WHO, BEHIND = 9000, 9100, 15088
 """Ports: an echo; one that says which host it is, and the client's address; the waypoint behind its ztunnel."""
-ORDERS, NAMED, GUARDED, SANDWICHED, WITHIN = "10.88.0.1", "10.88.0.2", "10.88.0.3", "10.88.0.4", "10.88.0.5"
+ORDERS, NAMED, GUARDED, SANDWICHED, WITHIN, FAR = (f"10.88.0.{number}" for number in range(1, 7))
 """Virtual addresses: see DOCUMENTS."""
 
 needs_namespaces = [
@@ -230,7 +231,11 @@ def _waypoint(found: Lab) -> Callable[[trio.SocketStream], Awaitable[None]]:
 
 @contextlib.asynccontextmanager
 async def _running(
-    directory: Path, documents: str, ztunnels: Iterable[str], environment: dict[str, str]
+    directory: Path,
+    documents: str,
+    ztunnels: Iterable[str],
+    networks: Mapping[str, str],
+    environment: dict[str, str],
 ) -> AsyncIterator[Lab]:
     names = ["alpha", "beta", "gamma", "delta", "epsilon", "plain"]
     started = mesh(directory, names, namespaces=True, documents={"lab": documents}, capture=False, network="10.78.0")
@@ -244,7 +249,8 @@ async def _running(
 
         async def add(host: str) -> None:
             account = ZTUNNELS[host]
-            await running.add_ztunnel(host, ("shop", account, account), environment=environment)
+            own = {"NETWORK": networks[host]} if host in networks else {}
+            await running.add_ztunnel(host, ("shop", account, account), environment={**environment, **own})
 
         for host in ("alpha", "beta", "gamma", "plain"):
             listen(host, ECHO, echo)
@@ -262,7 +268,11 @@ async def _running(
 
 
 def lab(
-    directory: Path, documents: str = DOCUMENTS, ztunnels: Iterable[str] = tuple(ZTUNNELS), **environment: str
+    directory: Path,
+    documents: str = DOCUMENTS,
+    ztunnels: Iterable[str] = tuple(ZTUNNELS),
+    networks: Mapping[str, str] | None = None,
+    **environment: str,
 ) -> AbstractContextManager[Lab]:
     """Run it for the body, in a thread.
 
@@ -270,6 +280,7 @@ def lab(
         directory: for its files.
         documents: YAML; `{host}` stands for a host's address.
         ztunnels: hosts that have one, and are captured.
+        networks: of hosts that are on another than the others.
         environment: of all ztunnels.
     """
-    return background(lambda: _running(directory, documents, ztunnels, environment))
+    return background(lambda: _running(directory, documents, ztunnels, networks or {}, environment))

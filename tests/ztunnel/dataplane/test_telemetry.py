@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 import pytest
 import trio
+from tests.support.gateway import open_crossing
 from tests.support.mesh import service, tcp
 from tests.support.pair import Pair, echo, fresh_ip, open_pair
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tests.support.pair import Host
 
     from hbone.events import Headers
+    from ztunnel.dataplane.stream import StreamEnd
 
 
 def samples(host: Host, name: str) -> dict[str, float]:
@@ -88,6 +90,34 @@ async def test_baggage_of_a_client_that_nobody_knows_fills_labels_unless_it_is_s
         (labels,) = samples(pair.server, "istio_tcp_connections_opened_total")
         assert ('source_workload="client"' in labels) is wanted
         assert 'source_principal="spiffe://cluster.local/ns/default/sa/client"' in labels
+
+
+async def test_the_network_is_told_to_the_peer_behind_a_gateway_and_to_nobody_else() -> None:
+    def listen_in(host: Host, heard: list[Headers]) -> None:
+        received = host.plane.inbound.connect_received
+
+        def connect_received(end: StreamEnd, headers: Headers) -> None:
+            heard.append(headers)
+            received(end, headers)
+
+        host.plane.inbound.connect_received = connect_received  # type: ignore[method-assign]
+
+    near: list[Headers] = []
+    async with open_pair(network="near") as pair:
+        listen_in(pair.server, near)
+        for host in (pair.client, pair.server):
+            pair.store.apply_addresses([attrs.evolve(host.workload, network="near")])
+        await pair.serve(echo)
+        await (await exchanged(pair)).aclose()
+    assert [b"x-forwarded-network" in dict(headers) for headers in near] == [False]
+    far: list[Headers] = []
+    async with open_crossing() as crossing:
+        listen_in(crossing.server, far)
+        await crossing.serve(echo)
+        crossing.take_service()
+        await (await exchanged(crossing)).aclose()
+    assert [dict(headers).get(b"x-forwarded-network") for headers in far] == [b"near"]
+    assert [request.network for request in crossing.gateway.requests] == [None]
 
 
 async def test_a_workload_by_host_name_is_resolved_on_demand_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
