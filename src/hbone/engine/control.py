@@ -312,8 +312,8 @@ class Control(Outbound):
         if not self._client:
             if not stream.answered:
                 self._guard.count(Flood.RESET, self._now)
-            elif not stream.used:
-                self._guard.count(Flood.RESET, self._now, 0.1)
+            elif not stream.used and stream.send_window >= self._peer_window:  # no payload either way
+                self._guard.count(Flood.ABANDONED, self._now)
         self._transition(stream, Input.RECEIVE_RESET)
         processed = code is not ErrorCode.REFUSED_STREAM
         self._announce_reset(stream, StreamReset(stream_id=stream_id, code=code, processed=processed))

@@ -35,7 +35,10 @@ class Flood(enum.Enum):
     """What is counted: burst, tokens a second, and the words for it."""
 
     RESET = (100.0, 20.0, "reset streams")
-    """RST_STREAM on a stream that we had not answered; one without payload counts a tenth. Source: CVE-2023-44487."""
+    """RST_STREAM on a stream that we had not answered. Source: CVE-2023-44487."""
+    ABANDONED = (1000.0, 20.0, "streams reset before they carried anything")
+    """RST_STREAM on one that we had answered: the dial was made. No faster to fill up again than RESET, so that a peer
+    that waits for each answer ends too; what checks whether ports are open needs less."""
     FAULT = (16.0, 0.2, "stream errors")
     """Streams that we had to reset for what the peer did. Source: CVE-2025-8671."""
     REFUSAL = (100.0, 10.0, "streams beyond the limit")
@@ -69,11 +72,11 @@ class Guard:
         self._updates_earned = 0
         self._data_seen = 0
 
-    def count(self, flood: Flood, now: float, weight: float = 1.0) -> None:
-        """Take `weight` tokens.
+    def count(self, flood: Flood, now: float) -> None:
+        """Take a token.
 
         Raises:
-            RemoteProtocolError: they are not there; ENHANCE_YOUR_CALM.
+            RemoteProtocolError: there is none; ENHANCE_YOUR_CALM.
         """
         bucket = self._buckets.get(flood)
         if bucket is None:
@@ -82,7 +85,7 @@ class Guard:
         if now > bucket.at:
             bucket.tokens = min(bucket.burst, bucket.tokens + (now - bucket.at) * bucket.rate)
             bucket.at = now
-        bucket.tokens -= weight
+        bucket.tokens -= 1
         if bucket.tokens < 0:
             raise RemoteProtocolError(
                 f"more than {bucket.burst:g} {bucket.words} at once and {bucket.rate:g} a second after that",

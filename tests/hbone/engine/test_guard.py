@@ -107,27 +107,39 @@ def test_rapid_reset_at_2000_a_second_ends_within_a_second() -> None:
     assert taken <= 2 * 120
 
 
-def test_reset_after_the_answer_fills_the_same_bucket_more_slowly() -> None:
+@pytest.mark.parametrize(
+    ("rate", "streams"),
+    [(1_000_000, range(1000, 1002)), (50, range(1500, 1800)), (19, range(LIMIT // 2, LIMIT // 2 + 1))],
+)
+def test_reset_after_the_answer_ends_later_and_one_at_a_time_too(rate: int, streams: range) -> None:
+    """50 a second is what is left of it where each dial waits; below 20 it goes on."""
     end = server()
 
     def accept(stream_id: int) -> None:
         end.engine.accept(stream_id, (), len)
 
     split = (piece for stream in odd() for piece in (frames.connect(stream), frames.rst_stream(stream)))
-    taken = cost(end, split, answer=accept)
-    assert 2 * 120 < taken <= 2 * 1001
+    assert cost(end, split, step=1 / (2 * rate), answer=accept) // 2 in streams
 
 
-def test_streams_that_carried_payload_may_end_by_reset() -> None:
+@pytest.mark.parametrize("ours", [b"", b"banner"])
+def test_streams_that_carried_payload_may_end_by_reset(ours: bytes) -> None:
+    """Either way: where the server speaks first, the client may have heard enough."""
     end = server()
 
     def accept(stream_id: int) -> None:
         end.engine.accept(stream_id, (), len)
+        if ours:
+            end.engine.send_data(stream_id, ours)
 
+    theirs = b"" if ours else b"x"
     split = (
         piece
         for stream in odd()
-        for piece in (frames.connect(stream), frames.data(stream, b"x") + frames.rst_stream(stream))
+        for piece in (
+            frames.connect(stream),
+            (frames.data(stream, theirs) if theirs else b"") + frames.rst_stream(stream),
+        )
     )
     assert cost(end, split, answer=accept) == LIMIT
 
