@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from miniistiod import cli
 from ztunnel.config import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,6 +40,39 @@ def test_every_make_target_exists(target: str) -> None:
 def test_every_linked_file_exists() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def commands() -> list[list[str]]:
+    """The words of each command in the table, brackets of what may be left out removed."""
+    rows = README[README.index("<!-- commands -->") : README.index("<!-- end of commands -->")]
+    return [found.translate({91: None, 93: None}).split() for found in re.findall(r"^\| `(.+?)` \|", rows, re.M)]
+
+
+def verbs(parser: argparse.ArgumentParser, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The commands of a parser that do something."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield before
+    for action in inner:
+        for name, sub in action.choices.items():
+            yield from verbs(sub, (*before, name))
+
+
+def test_every_command_of_miniistiod_is_in_the_readme() -> None:
+    known = set(verbs(cli.parser()))
+    told = {tuple(words[1:3]) if tuple(words[1:3]) in known else (words[1],) for words in commands()}
+    assert told == known
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_option_in_the_readme_is_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    verb = next(found for found in verbs(cli.parser()) if found == tuple(words[1 : 1 + len(found)]))
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args([*verb, "--help"])
+    shown = capsys.readouterr().out
+    for word in words[1 + len(verb) :]:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", shown), word
 
 
 if __name__ == "__main__":

@@ -328,12 +328,12 @@ def read_node(message: discovery_pb2.Node) -> Node:
 
 
 def check_node(node: Node, caller: Caller) -> None:
-    """Does what a client says of itself fit who it is?
+    """Does what a client says of itself fit who it is? It need not say anything: a stock ztunnel without POD_NAMESPACE.
 
     Raises:
         Refused: it claims another namespace or service account.
     """
-    if node.namespace != caller.namespace:
+    if node.namespace and node.namespace != caller.namespace:
         raise Refused(f"the node claims the namespace {node.namespace!r:.100} and is {caller.identity}")
     if node.service_account and node.service_account != caller.service_account:
         raise Refused(f"the node claims the service account {node.service_account!r:.100} and is {caller.identity}")

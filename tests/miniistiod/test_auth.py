@@ -203,6 +203,7 @@ def test_a_wrong_node_id_is_refused(text: str) -> None:
         ({"NAMESPACE": "shop", "SERVICE_ACCOUNT": "orders"}, True),
         ({"NAMESPACE": "shop", "SERVICE_ACCOUNT": "other"}, False),
         ({"NAMESPACE": "web"}, False),
+        ({"NAMESPACE": ""}, False),
         ({}, False),
     ],
 )
@@ -214,6 +215,12 @@ def test_a_node_may_claim_its_own_namespace_and_account_only(metadata: dict[str,
     else:
         with pytest.raises(Refused, match="the node claims"):
             check_node(node, caller)
+
+
+def test_a_node_without_names_claims_nothing() -> None:
+    """A stock ztunnel without POD_NAME and POD_NAMESPACE."""
+    node = parse_node_id("ztunnel~1.1.1.1~.~.svc.cluster.local", {"NAME": "", "NAMESPACE": ""})
+    check_node(node, Caller(identity=ORDERS, how="reusable token x"))
 
 
 def test_the_limiter_lets_a_burst_pass_and_then_a_rate() -> None:
