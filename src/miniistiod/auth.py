@@ -96,8 +96,8 @@ class TokenStore(Protocol):
     trust_domain: str
     token_key: bytes
 
-    def redeem(self, secret: str, key_sha256: str, now: float) -> Redemption:
-        """Spend a one-time token."""
+    def redeem(self, secret: str, key_sha256: str | None, now: float) -> Redemption:
+        """Spend a one-time token; without a key, look whether it could be."""
         ...
 
     def reusable(self, text: str, token: tokens.ReusableToken, now: float) -> str:
@@ -163,9 +163,16 @@ class Authenticator:
         return self._lasting(token, now)
 
     def for_certificate(
-        self, peer: Presented | None, metadata: Iterable[tuple[str, str | bytes]], key_sha256: str, now: float
+        self, peer: Presented | None, metadata: Iterable[tuple[str, str | bytes]], key_sha256: str | None, now: float
     ) -> Caller:
         """Who asks for a certificate: by certificate, or a token; a one-time token is spent by this.
+
+        Args:
+            peer: the certificate that was shown.
+            metadata: of the call.
+            key_sha256: hash of the key that the certificate is for; None, before the request was judged, spends no
+                token.
+            now: seconds since 1970.
 
         Raises:
             Refused: none of them is good.

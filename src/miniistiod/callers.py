@@ -74,8 +74,8 @@ class Callers:
         if not self._known.allow(str(caller.identity), time.monotonic()):
             raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, "request rate limit exceeded: try again in a second")
 
-    async def for_certificate(self, call: Call, key_sha256: str) -> auth.Caller:
-        """Who asks for a certificate; raises GrpcError, which says nothing of why."""
+    async def for_certificate(self, call: Call, key_sha256: str | None) -> auth.Caller:
+        """Who asks for a certificate; raises GrpcError, which says nothing of why. Without a key no token is spent."""
         try:
             caller = await trio.to_thread.run_sync(
                 self._authenticator.for_certificate, presented(call), call.metadata, key_sha256, time.time()

@@ -46,7 +46,8 @@ class CertificateService:
         self._metrics.requests.inc()
         request = _parse(await call.receive(MAX_REQUEST))
         self._callers.limit_anonymous(call)
-        # The whole request is judged before a token is spent on it.
+        # Who is not believed hears nothing of the request; and all of it is judged before a token is spent on it.
+        caller = await self._callers.for_certificate(call, None)
         try:
             key = ca.parse_request(request.csr)
             lifetime = ca.lifetime_for(
@@ -56,7 +57,8 @@ class CertificateService:
             self._metrics.bad_requests.inc()
             _log.info("certificate request refused", reason=str(error), peer=remote_of(call))
             raise GrpcError(StatusCode.INVALID_ARGUMENT, f"CSR signing error ({error})") from None
-        caller = await self._callers.for_certificate(call, ca.key_hash(key))
+        if caller.enrolled:
+            caller = await self._callers.for_certificate(call, ca.key_hash(key))
         identity = self._identity(call, caller, dict(request.metadata.fields).get("ImpersonatedIdentity"))
         self._callers.limit(caller)
         try:

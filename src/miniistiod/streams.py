@@ -176,6 +176,8 @@ class Discovery:
         try:
             node = auth.read_node(first.node)
             auth.check_node(node, caller)
+            if caller.name is not None:
+                node = attrs.evolve(node, name=caller.name)  # its token said who it is, and it cannot be another
         except auth.BadNode as error:
             raise GrpcError(StatusCode.INVALID_ARGUMENT, str(error)) from None
         except auth.Refused as error:

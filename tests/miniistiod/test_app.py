@@ -193,6 +193,18 @@ async def test_a_mark_needs_the_service_account_of_the_entry(tmp_path: Path) -> 
             assert ztunnel.tunnel("orders-1") == workload_pb2.NONE
 
 
+async def test_a_token_for_one_name_makes_nobody_another(tmp_path: Path) -> None:
+    twin = MESH.replace("name: web-1", "name: orders-2").replace("serviceAccount: web}", "serviceAccount: orders}")
+    async with control_plane(tmp_path, twin) as cp:
+        first = await certificate(cp, bearer(cp.create_token("shop", "orders", name="orders-1")))
+        renewed = await certificate(cp, [], identity=first)
+        async with discovery(cp, renewed, name="orders-2") as ztunnel:  # its account, and not its name
+            await ztunnel.response()
+            await ztunnel.response()
+            assert ztunnel.tunnel("orders-1") == workload_pb2.HBONE
+            assert ztunnel.tunnel("orders-2") == workload_pb2.NONE
+
+
 async def refused(
     cp: miniistiod.MiniIstiod, path: str, message: bytes, metadata: list[tuple[str, str]] | None = None
 ) -> tuple[StatusCode, str]:
@@ -202,7 +214,7 @@ async def refused(
     return caught.value.code, caught.value.message
 
 
-async def test_errors_of_the_authority(tmp_path: Path) -> None:
+async def test_errors_of_the_authority(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     request = Applicant().request()
     async with control_plane(tmp_path) as cp:
         unauthenticated = (StatusCode.UNAUTHENTICATED, "request authenticate failure")
@@ -212,17 +224,20 @@ async def test_errors_of_the_authority(tmp_path: Path) -> None:
             StatusCode.INVALID_ARGUMENT,
             "the message cannot be parsed",
         )
-        assert await refused(cp, CREATE_CERTIFICATE, b"") == (
+        assert await refused(cp, CREATE_CERTIFICATE, b"") == unauthenticated  # who is not known hears no more
+        token = cp.create_token("shop", "orders")
+        assert await refused(cp, CREATE_CERTIFICATE, b"", bearer(token)) == (
             StatusCode.INVALID_ARGUMENT,
             "CSR signing error (certificate signing request is not properly encoded)",
         )
-        token = cp.create_token("shop", "orders")
         assert await refused(cp, CREATE_CERTIFICATE, Applicant().request(seconds=7_776_001), bearer(token)) == (
             StatusCode.INVALID_ARGUMENT,
             "CSR signing error (requested TTL 7776001s is greater than the max allowed TTL 7776000s)",
         )
         await certificate(cp, bearer(token))  # a request that cannot be granted spends no token
         assert await refused(cp, CREATE_CERTIFICATE, request, bearer(token)) == unauthenticated
+    for why in ("neither a client certificate nor a token", "not a token of this control plane", "was used already"):
+        assert why in caplog.text  # ours to know
 
 
 async def test_nobody_gets_the_certificate_of_another(tmp_path: Path) -> None:

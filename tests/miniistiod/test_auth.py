@@ -127,6 +127,19 @@ def test_the_same_key_may_come_again_within_a_minute(store: Store) -> None:
             Authenticator(store).for_certificate(None, bearer(secret), KEY, T + later)
 
 
+def test_to_look_at_a_one_time_token_spends_nothing(store: Store) -> None:
+    _, secret = one_time(store, lifetime=600.0)
+    authenticator = Authenticator(store)
+    for _ in range(2):
+        assert authenticator.for_certificate(None, bearer(secret), None, T).enrolled
+    assert authenticator.for_certificate(None, bearer(secret), KEY, T).enrolled
+    assert authenticator.for_certificate(None, bearer(secret), None, T + 1).enrolled  # the same key may come again
+    with pytest.raises(Refused, match="was used already"):
+        authenticator.for_certificate(None, bearer(secret), OTHER_KEY, T + 1)
+    with pytest.raises(Refused, match="was used already"):
+        authenticator.for_certificate(None, bearer(secret), None, T + 61)
+
+
 def test_a_one_time_token_ends(store: Store) -> None:
     _, secret = one_time(store, lifetime=60.0)
     with pytest.raises(Refused, match="is expired"):

@@ -89,10 +89,16 @@ class TokenState(AuthorityState):
             return f"the token {token.id} is another's"
         return "" if record.state(now) == "valid" else f"the token {token.id} is {record.state(now)}"
 
-    def redeem(self, secret: str, key_sha256: str, now: float) -> Redemption:
+    def redeem(self, secret: str, key_sha256: str | None, now: float) -> Redemption:
         """Spend a one-time token, durably, before anything is issued for it.
 
         The same key may come again within a minute: its answer may have been lost.
+
+        Args:
+            secret: what was presented.
+            key_sha256: hash of the key that a certificate is asked for; None only looks whether some key could have
+                one, and spends nothing.
+            now: seconds since 1970.
         """
         token_id = tokens.split_secret(secret)
         if token_id is None:
@@ -108,10 +114,11 @@ class TokenState(AuthorityState):
             if record.revoked is not None or now >= record.expires:
                 return Redemption(token=None, reason=f"the one-time token {record.id} is {record.state(now)}")
             if record.spent is None:
-                connection.execute(
-                    "UPDATE tokens SET spent = ?, spent_key_sha256 = ? WHERE id = ?", (now, key_sha256, record.id)
-                )
-            elif row[-1] != key_sha256 or not 0 <= now - record.spent <= RETRY_SECONDS:
+                if key_sha256 is not None:
+                    connection.execute(
+                        "UPDATE tokens SET spent = ?, spent_key_sha256 = ? WHERE id = ?", (now, key_sha256, record.id)
+                    )
+            elif key_sha256 not in (None, row[-1]) or not 0 <= now - record.spent <= RETRY_SECONDS:
                 return Redemption(token=None, reason=f"the one-time token {record.id} was used already")
             return Redemption(token=record)
 
