@@ -14,6 +14,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives import hashes
 from OpenSSL import SSL
+from tests.support.callers import certificate as renewal
 from tests.support.miniistiod import (
     ADDRESS,
     AUTHORIZATION,
@@ -197,7 +198,7 @@ async def test_a_token_for_one_name_makes_nobody_another(tmp_path: Path) -> None
     twin = MESH.replace("name: web-1", "name: orders-2").replace("serviceAccount: web}", "serviceAccount: orders}")
     async with control_plane(tmp_path, twin) as cp:
         first = await certificate(cp, bearer(cp.create_token("shop", "orders", name="orders-1")))
-        renewed = await certificate(cp, [], identity=first)
+        renewed = await renewal(cp, identity=first)
         async with discovery(cp, renewed, name="orders-2") as ztunnel:  # its account, and not its name
             await ztunnel.response()
             await ztunnel.response()
