@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import trio
 from hbone.commandline import CommandError, ExitCode, Parser, run
 from hbone.config import parse_duration
 from hbone.daemon import logs
+from hbone.version import VERSION
 from miniistiod import commands_authority, commands_mesh, commands_tokens, watch
 from miniistiod.ca import DEFAULT_LIFETIME, fingerprint
 from miniistiod.commandline import PROGRAM, add_command, add_state, example
@@ -183,5 +183,5 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _version(arguments: argparse.Namespace) -> int:
     del arguments
-    print(f"{PROGRAM} {importlib.metadata.version('hbone')}")
+    print(f"{PROGRAM} {VERSION}")
     return ExitCode.DONE

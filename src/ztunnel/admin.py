@@ -5,7 +5,6 @@ Nothing changes by GET, and no page shows a secret. What the pages show comes fr
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
@@ -97,6 +96,8 @@ def admin_app(view: AdminView) -> App:
     start_levels = logs.current_levels()
 
     async def index(_: Request) -> Page:
+        import html  # half a megabyte of names for characters
+
         rows = "".join(
             f'<tr><td><a href="{html.escape(path)}">{html.escape(path)}</a><td>{html.escape(what)}'
             for path, what in PAGES

@@ -20,7 +20,6 @@ import socket
 import ssl
 import sys
 import time
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -28,6 +27,7 @@ import trio
 from hbone.daemon import logs
 from hbone.daemon.http import HttpLimits, serve_asgi, unix_socket
 from hbone.errors import ConfigurationError, HboneError, IdentityError
+from hbone.version import VERSION
 from ztunnel import dump, heap
 from ztunnel.admin import Readiness, admin_app, readiness_app, stats_app
 from ztunnel.control.pace import Pace, QuietCollector
@@ -158,7 +158,7 @@ class Daemon:
         limit = raise_descriptor_limit()
         log.info(
             "starting",
-            version=version("hbone"),
+            version=VERSION,
             workload=str(self.mesh.served),
             xds=self.config.xds_address,
             ca=self.config.ca_address,
@@ -408,7 +408,7 @@ class Daemon:
         path = self.path
         dns = {"dns": address_text(self.dns.addresses[0])} if self.dns is not None and self.dns.addresses else {}
         return self.mesh.status() | {
-            "version": version("hbone"),
+            "version": VERSION,
             "pid": os.getpid(),
             "startedAt": timestamp(self._started),
             "state": "draining" if self._draining else "ready" if self.readiness.ready else "starting",
@@ -429,7 +429,7 @@ class Daemon:
             "staticConfig": dump.static_dump(mesh.local),
             "certificates": dump.dump_certificates(mesh.svids),
             "version": {
-                "version": version("hbone"),
+                "version": VERSION,
                 "pythonVersion": sys.version.split()[0],
                 "cryptoProvider": ssl.OPENSSL_VERSION,
                 "istioVersion": self.config.istio_version,

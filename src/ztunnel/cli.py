@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,7 @@ from hbone.commandline import CommandError, ExitCode, Parser
 from hbone.connect import Authority, AuthorityError
 from hbone.daemon import logs
 from hbone.errors import ConfigurationError
-from ztunnel import reach
-from ztunnel.client import DaemonAway, ask
+from hbone.version import VERSION
 from ztunnel.config import DEFAULT_ROOT, DEFAULT_STATE_DIR, Config
 from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import enroll, settings
@@ -217,6 +215,8 @@ def _daemon(path: str) -> tuple[int, Any]:
     Raises:
         CommandError: no daemon answers, or not with a page of ours.
     """
+    from ztunnel.client import DaemonAway, ask
+
     config = settings(os.environ)
     socket_path = (config.state_dir or DEFAULT_STATE_DIR) / "admin.sock"
     try:
@@ -232,6 +232,8 @@ def _status(arguments: argparse.Namespace) -> int:
     code, found = _daemon("/status")
     if code != 200 or not isinstance(found, dict):
         raise CommandError(f"the daemon answered {code}: {found}", ExitCode.UNREACHABLE)
+    from ztunnel import reach
+
     found["reach"] = reach.look(found)
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -241,6 +243,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _status_lines(found: dict[str, Any]) -> list[str]:
+    from ztunnel import reach
+
     rows: list[tuple[str, str]] = [
         ("workload", f"{found['workload']} ({found['state']}, pid {found['pid']}, ztunnel {found['version']})")
     ]
@@ -380,5 +384,5 @@ def _read_token(path: str) -> str:
 
 
 def _version(_: argparse.Namespace) -> int:
-    print(f"ztunnel {version('hbone')}")
+    print(f"ztunnel {VERSION}")
     return ExitCode.DONE

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hbone.errors import ConfigurationError
 from ztunnel import heap
-from ztunnel.flamegraph import flame_graph
 from ztunnel.pages import Page
 from ztunnel.profiler import Busy, collapsed, joined
 
@@ -71,6 +70,8 @@ def debug_routes(view: DebugView) -> dict[str, Route]:
             f" second until {when}. Click a function to see it alone, and all to go back."
         )
         title = "CPU of ztunnel" + (f" and its {len(found) - 1} workers" if len(found) > 1 else "")
+        from ztunnel.flamegraph import flame_graph  # brings `html`, half a megabyte of names for characters
+
         return Page(content_type="image/svg+xml", body=flame_graph(stacks, title, note))
 
     async def heap_page(_: Request) -> Page:

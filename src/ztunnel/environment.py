@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -100,10 +98,10 @@ def parse_cores(value: str) -> int:
     match = re.fullmatch(r"(\d{1,9})(?:\.(\d{1,9}))?(m?)", value, re.ASCII)
     if match is None:
         raise ValueError("expected a quantity such as 2, 1.5 or 500m")
-    amount = Fraction(f"{match[1]}.{match[2] or 0}") / (1000 if match[3] else 1)
-    if not amount:
+    billionths = int(match[1] + (match[2] or "").ljust(9, "0"))
+    if not billionths:
         raise ValueError("it must be more than 0")
-    return math.ceil(amount)
+    return -(-billionths // (10**12 if match[3] else 10**9))
 
 
 def parse_port(value: str) -> int:

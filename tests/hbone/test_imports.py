@@ -16,7 +16,7 @@ SRC = pathlib.Path(hbone.__file__).parents[1]
 PACKAGES = ("hbone", "ztunnel", "miniistiod")
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("enums",),
+    ("enums", "version"),
     ("errors",),
     ("events", "config", "admission", "commandline"),
     ("connect", "engine", "identity", "openssl", "daemon"),

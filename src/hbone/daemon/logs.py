@@ -8,13 +8,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
-import structlog
-
 from hbone.daemon.loglevels import LEVELS, Levels
 from hbone.daemon.logtext import (
     Bare,
     console,
     escape,
+    exception_text,
     json_fields,
     json_text,
     plain_fields,
@@ -30,7 +29,7 @@ from hbone.daemon.logwriter import Writer, share_output
 from hbone.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, MutableMapping
+    from collections.abc import Callable, Iterable, Mapping, MutableMapping
 
     from hbone.daemon.logtext import Renderer
 
@@ -56,8 +55,48 @@ __all__ = [
 Format = Literal["plain", "json", "console"]
 
 
-class Logger(structlog.BoundLoggerBase):
-    """A structlog logger whose level can change while it is in use; a line below it costs one comparison."""
+class Logger:
+    """A logger whose level can change while it is in use; a line below it costs one comparison.
+
+    It has what structlog asks of a bound logger, so structlog's own calls can end here; importing structlog for that
+    would cost each daemon three megabytes.
+
+    Args:
+        logger: Where rendered lines go, by level.
+        processors: Ours; there for structlog's sake.
+        context: Fields of each line.
+    """
+
+    __slots__ = ("_context", "_logger", "_processors")
+
+    def __init__(self, logger: _Named, processors: Iterable[Any], context: Mapping[str, Any]) -> None:
+        self._logger = logger
+        self._processors = processors
+        self._context = context
+
+    def bind(self, **fields: Any) -> Logger:
+        """A logger whose lines carry these fields too."""
+        return Logger(self._logger, self._processors, {**self._context, **fields})
+
+    def unbind(self, *names: str) -> Logger:
+        """A logger whose lines carry these fields no longer.
+
+        Raises:
+            KeyError: a line does not carry one.
+        """
+        left = dict(self._context)
+        for name in names:
+            del left[name]
+        return Logger(self._logger, self._processors, left)
+
+    def try_unbind(self, *names: str) -> Logger:
+        """The same, where a line may carry none of them."""
+        left = {name: value for name, value in self._context.items() if name not in names}
+        return Logger(self._logger, self._processors, left)
+
+    def new(self, **fields: Any) -> Logger:
+        """A logger whose lines carry these fields alone."""
+        return Logger(self._logger, self._processors, fields)
 
     @property
     def debugs(self) -> bool:
@@ -65,9 +104,6 @@ class Logger(structlog.BoundLoggerBase):
         return bool(self._logger.level <= 10)
 
     def _emit(self, method: str, event: str, fields: dict[str, Any]) -> None:
-        if self._processors is not _PROCESSORS:  # the program has its own
-            self._proxy_to_logger(method, event, **fields)
-            return
         if self._context:
             fields = {**self._context, **fields}
         fields["event"] = event
@@ -106,7 +142,7 @@ class Logger(structlog.BoundLoggerBase):
     def template(self, method: str, event: str, fields: Mapping[str, Any]) -> str:
         """A line whose time and slots are left to the % operator; "" where lines cannot be made from one."""
         render = _state.render_fields
-        if render is None or self._context or self._processors is not _PROCESSORS:
+        if render is None or self._context:
             return ""
         in_json = render is json_fields
         parts = []
@@ -255,7 +291,9 @@ class _State:
 
 
 def configure(format: Format = "plain", level: str | Levels = "info", *, stream: TextIO | None = None) -> None:  # noqa: A002
-    """Send the logs of this process, structlog's and the standard library's warnings, to standard output.
+    """Send the logs of this process, the standard library's warnings and structlog's, to standard output.
+
+    structlog's, where it was imported before.
 
     Args:
         format: `plain` (time, level, target, message, fields; between tabs), `json` (an object a line),
@@ -280,9 +318,11 @@ def configure(format: Format = "plain", level: str | Levels = "info", *, stream:
     _state.render = renderers[format]()
     _state.render_fields = {"plain": plain_fields, "json": json_fields}.get(format)
     _state.writer = Writer(output, _state.render_dropped)
-    structlog.configure(
-        processors=_PROCESSORS, wrapper_class=Logger, logger_factory=_state.end, cache_logger_on_first_use=True
-    )
+    structlog = sys.modules.get("structlog")
+    if structlog is not None:
+        structlog.configure(
+            processors=_PROCESSORS, wrapper_class=Logger, logger_factory=_state.end, cache_logger_on_first_use=True
+        )
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, _FromStandardLibrary)]:
         root.removeHandler(handler)
@@ -344,7 +384,9 @@ def shutdown(timeout: float = 1.0) -> None:
 
 def _render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
     if "exc_info" in fields:
-        fields = structlog.processors.format_exc_info(logger, method, fields)
+        text = exception_text(fields.pop("exc_info"))
+        if text:
+            fields["exception"] = text
     redact(fields)
     fields["time"] = timestamp()
     return redact_line(_state.render(logger, method, fields))

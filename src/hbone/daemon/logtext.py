@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Any, Final, TextIO
-
-import structlog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
@@ -19,6 +19,7 @@ __all__ = [
     "Bare",
     "console",
     "escape",
+    "exception_text",
     "json_fields",
     "json_text",
     "plain_fields",
@@ -189,9 +190,17 @@ def _json_value(value: Any) -> Any:
     return str(value)
 
 
+def exception_text(given: Any) -> str:
+    """The traceback of an exception, of what `sys.exc_info` returned, or with True of what is being handled."""
+    error = given[1] if isinstance(given, tuple) else given if isinstance(given, BaseException) else sys.exception()
+    return "".join(traceback.format_exception(error)).rstrip("\n") if error is not None else ""
+
+
 def console(stream: TextIO) -> Renderer:
     """A renderer for people, coloured if `stream` is a terminal."""
     is_terminal = stream.isatty() if hasattr(stream, "isatty") else False
+    import structlog.dev  # three megabytes, and asyncio with them
+
     renderer = structlog.dev.ConsoleRenderer(colors=is_terminal, timestamp_key="time", pad_event_to=0)
 
     def render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:

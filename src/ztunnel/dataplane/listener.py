@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
-import structlog
 
+from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
 from ztunnel.errors import address_text
 from ztunnel.given import shares_port
@@ -40,7 +40,7 @@ _OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUF
 _PROBE_SOURCE: Final = parse_ip("192.0.2.1")  # TEST-NET-1: nobody's
 _PROBE_SECONDS: Final = 0.5
 
-_log = structlog.get_logger("ztunnel.dataplane")
+_log = get_logger("ztunnel.dataplane")
 
 
 class Listener:

@@ -24,8 +24,9 @@ import select
 import time
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
-import structlog
 import trio
+
+from hbone.daemon.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -52,7 +53,7 @@ _HANDSHAKE_SECONDS = 0.001
 _TURNS_PER_CHECKPOINT = 32
 _SWEEP_SECONDS = 1.0
 
-_log = structlog.get_logger("ztunnel.dataplane")
+_log = get_logger("ztunnel.dataplane")
 
 
 class Timer:

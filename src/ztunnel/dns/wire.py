@@ -1,6 +1,7 @@
 """DNS messages on the wire. Only the question of a message is read, unless we answer it ourselves.
 
-This module brings dnspython; everything that imports it is imported only where the proxy is on.
+This module brings a little of dnspython; everything that imports it is imported only where the proxy is on. The most
+of it, which reads what only few questions have, is imported by the first of those: it is three megabytes.
 
 Source: RFC 1035 §4; RFC 6891 for EDNS.
 """
@@ -13,12 +14,8 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 import attrs
-import dns.exception
-import dns.message
-import dns.name
 import dns.rcode
 import dns.rdatatype
-import dns.wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,11 +48,18 @@ _MAX_UDP: Final = 4096
 _QUERY: Final = 0
 _QR, _OPCODE, _AA, _TC, _RD, _RA, _CD = 0x8000, 0x7800, 0x0400, 0x0200, 0x0100, 0x0080, 0x0010
 _DO: Final = 0x8000
+_MAX_LABEL: Final = 63
+_MAX_NAME: Final = 255
+_TOO_LONG: Final = 64
 _IN: Final = 1
 _HOST: Final = re.compile(rb"[a-z0-9_*-]{1,63}(?:\.[a-z0-9_*-]{1,63})*")
 _A, _CNAME, _AAAA, _OPT_TYPE = 1, 5, 28, 41
 _TRANSFERS: Final = frozenset({dns.rdatatype.AXFR, dns.rdatatype.IXFR})
 _TYPES: Final = {int(found): dns.rdatatype.to_text(found).lower() for found in dns.rdatatype.RdataType}
+
+
+class _Malformed(Exception):
+    """The message cannot be read."""
 
 
 class Signed(Exception):
@@ -105,19 +109,26 @@ def read(wire: bytes) -> Query | None:
     opcode = flags >> 11 & 0xF
     if opcode != _QUERY or questions != 1:
         return Query(wire=wire, opcode=opcode)
-    try:
-        parser = dns.wire.Parser(wire, _HEADER.size)
-        labels = parser.get_name().labels[:-1]
-        rdtype, rdclass = parser.get_struct("!HH")
-    except dns.exception.DNSException:
+    labels: list[bytes] = []
+    at = _HEADER.size
+    while size := wire[at] if at < len(wire) else _TOO_LONG:
+        if size > _MAX_LABEL:  # a pointer too: it could only lead into the header, where no name is
+            return Query(wire=wire, opcode=opcode, malformed=True)
+        labels.append(wire[at + 1 : at + 1 + size])
+        at += 1 + size
+    end = at + 5
+    if end > len(wire) or at - _HEADER.size >= _MAX_NAME:
         return Query(wire=wire, opcode=opcode, malformed=True)
-    name: str | None = None
     joined = b".".join(labels).lower()
-    if sum(map(len, labels)) + len(labels) + 1 != parser.current - _HEADER.size - 4:
-        return Query(wire=wire, opcode=opcode, malformed=True)  # it points into the header, where no name is
-    if joined.count(b".") == len(labels) - 1 and _HOST.fullmatch(joined):
-        name = joined.decode("ascii")
-    return Query(wire=wire, opcode=opcode, end=parser.current, name=name, type=rdtype, internet=rdclass == _IN)
+    known = joined.count(b".") == len(labels) - 1 and _HOST.fullmatch(joined)
+    return Query(
+        wire=wire,
+        opcode=opcode,
+        end=end,
+        name=joined.decode("ascii") if known else None,
+        type=int.from_bytes(wire[at + 1 : at + 3], "big"),
+        internet=int.from_bytes(wire[at + 3 : end], "big") == _IN,
+    )
 
 
 def replies_to(query: Query, reply: bytes) -> bool:
@@ -168,22 +179,27 @@ def _edns(query: Query) -> _Edns | None:
     """The question's EDNS, after all of the message was read.
 
     Raises:
-        dns.exception.DNSException: the message is malformed.
+        _Malformed: it cannot be read.
         Signed: it has a signature.
     """
     rest = query.wire[6:12]
     if rest == b"\0\0\0\0\0\0":
         if len(query.wire) != query.end:
-            raise dns.exception.FormError("bytes after the question")
+            raise _Malformed
         return None
     if rest == b"\0\0\0\0\0\1" and len(query.wire) == query.end + _OPT.size:
         root, kind, payload, flags, nbytes = _OPT.unpack_from(query.wire, query.end)
         if not root and kind == _OPT_TYPE and not nbytes:  # as nearly every question has it
             return _Edns(payload=payload, version=flags >> 16 & 0xFF, flags=flags & _DO)
+    import dns.exception
+    import dns.message
+
     try:
         message = dns.message.from_wire(query.wire)
     except dns.message.UnknownTSIGKey:
         raise Signed from None
+    except dns.exception.DNSException:
+        raise _Malformed from None
     if message.edns < 0:
         return None
     return _Edns(payload=message.payload, version=message.edns, flags=message.ednsflags & _DO)
@@ -204,7 +220,7 @@ def render(query: Query, answer: Answer, *, datagram: bool) -> bytes:
     """
     try:
         edns = _edns(query)
-    except dns.exception.DNSException:
+    except _Malformed:
         return failure(query, dns.rcode.FORMERR)
     if edns is not None and edns.version:
         return _reply(query, edns, dns.rcode.BADVERS)
@@ -212,7 +228,8 @@ def render(query: Query, answer: Answer, *, datagram: bool) -> bytes:
     records: list[bytes] = []
     wanted, owner = answer.records, _HEADER.size  # offset of the name in the message
     if answer.canonical_name is not None:
-        target = dns.name.from_text(answer.canonical_name).to_digestable()
+        labels = answer.canonical_name.encode("ascii").split(b".")  # the asked name's first ones
+        target = b"".join([bytes((len(label),)) + label for label in labels]) + b"\0"
         record = _RECORD.pack(_POINTER | owner, _CNAME, _IN, TTL, len(target)) + target
         owner = query.end + len(record) - len(target)
         room -= len(record)
@@ -236,7 +253,7 @@ def failure(query: Query, rcode: int) -> bytes:
     """A reply without records that says why."""
     edns = None
     if query.type:
-        with contextlib.suppress(dns.exception.DNSException, Signed):
+        with contextlib.suppress(_Malformed, Signed):
             edns = _edns(query)
     return _reply(query, edns, rcode)
 

@@ -4,6 +4,7 @@ import random
 import struct
 
 import dns.edns
+import dns.exception
 import dns.flags
 import dns.message
 import dns.name
@@ -11,6 +12,7 @@ import dns.opcode
 import dns.rcode
 import dns.tsig
 import dns.tsigkeyring
+import dns.wire
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -207,3 +209,20 @@ def test_no_change_of_a_good_question_does_harm(seed: int) -> None:
             render(query, ANSWER, datagram=True)
         except Signed:
             pass
+
+
+@given(st.binary(max_size=300))
+def test_a_name_ends_where_dnspython_says(name: bytes) -> None:
+    wire = struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0) + name
+    query = parsed(wire)
+    parser = dns.wire.Parser(wire, 12)
+    try:
+        labels = parser.get_name().labels
+        rdtype, _ = parser.get_struct("!HH")
+    except dns.exception.DNSException:
+        assert query.malformed
+        return
+    compressed = sum(map(len, labels)) + len(labels) != parser.current - 12 - 4
+    assert query.malformed == compressed  # it can point only at what is no name
+    if not compressed:
+        assert (query.end, query.type) == (parser.current, rdtype)
