@@ -9,6 +9,7 @@ from miniistiod import conditions, services
 from miniistiod.resources.binding import WAYPOINT_BOUND
 from miniistiod.resources.findings import Finding, Severity
 from miniistiod.resources.model import AuthorizationPolicy, EndpointSlice, KubernetesService, WorkloadEntry
+from miniistiod.workloads import gateway_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +28,7 @@ def findings(registry: Registry, trust_domain: str | None) -> list[Finding]:
         *_shared_addresses(registry),
         *_unused_slices(registry),
         *_waypoints(registry),
+        *_unknown_waypoints(registry),
         *principals,
     ]
 
@@ -101,6 +103,23 @@ def _waypoints(registry: Registry) -> Iterator[Finding]:
                     f"{meta.kind} {meta.namespace}/{meta.name}: {condition.reason}, {condition.text}",
                     "connections go past that waypoint until this is mended",
                 )
+
+
+def _unknown_waypoints(registry: Registry) -> Iterator[Finding]:
+    """Waypoints that something uses and nobody knows the way to."""
+    for gateway in registry.waypoints_in_use():
+        place = gateway_address(gateway, registry.network)
+        if place.HasField("hostname"):
+            name = f"{place.hostname.namespace}/{place.hostname.hostname}"
+        else:
+            name = f"{place.address.network}/{ipaddress.ip_address(place.address.address)}"
+        if not registry.catalog.resolve(name):
+            yield _warning(
+                gateway.meta,
+                f"the waypoint {gateway.meta.namespace}/{gateway.meta.name} is at {name.partition('/')[2]}, which is"
+                " neither a service nor a workload, so connections through it are refused",
+                "add a WorkloadEntry or a service with that address",
+            )
 
 
 def _foreign_principals(registry: Registry, trust_domain: str) -> Iterator[Finding]:

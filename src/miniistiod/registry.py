@@ -366,6 +366,11 @@ class Registry:
         found = [item for key in self._gateways if isinstance(item := self.documents[key], Gateway)]
         return sorted(found, key=self._age)
 
+    def waypoints_in_use(self) -> list[Gateway]:
+        """Gateways with an address that something asked for as its waypoint."""
+        found = (self.documents.get(("Gateway", *place)) for place in sorted(self._users))
+        return [item for item in found if isinstance(item, Gateway) and item.addresses]
+
     def bind(self, meta: Metadata, labels: Mapping[str, str], traffic: Traffic, *, user: Key, **more: Any) -> Binding:
         """The waypoints of an object. `user` is made again when one of them changes."""
         found = bind(meta.namespace, labels, meta.annotations, traffic, self.documents, **more)

@@ -13,7 +13,7 @@ from miniistiod.registry import Registry
 from miniistiod.resources import load
 
 MESH = (Path(__file__).parents[1] / "data" / "overview.yaml").read_text()
-"""Ten workloads, five services, four policies, a waypoint."""
+"""Eleven workloads, five services, four policies, a waypoint."""
 ADDRESS = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
 STATUS = {"status": "ok", "problems": [], "warnings": []}
@@ -63,7 +63,7 @@ class Outline(html.parser.HTMLParser):
 
 def test_workloads_and_services_are_shown_and_what_is_amiss_stands_out() -> None:
     text = page()
-    assert "cluster.local: 10 workloads, 5 services, 5 policies, 1 proxies connected." in text
+    assert "cluster.local: 11 workloads, 5 services, 5 policies, 1 proxies connected." in text
     workloads = table(text, "workloads")
     assert [cell for _, cell in workloads[0]] == [
         *("data/db-1", "10.1.2.1", "data/sa/db", "plaintext", "healthy", "data/db.mesh")
@@ -98,7 +98,7 @@ def test_policies_are_told_in_words() -> None:
             "namespace data",
             "not from namespace shop or pay and not from address 10.1.0.0/16",
         ],
-        ["istio-system/istio_converted_static_strict", "DENY", "10 workloads", "no identity"],
+        ["istio-system/istio_converted_static_strict", "DENY", "11 workloads", "no identity"],
         ["istio-system/nobody-from-test", "DENY", "all workloads", "from namespace test"],
         ["pay/only-shop", "ALLOW", "namespace pay", "not identity */sa/web and from namespace shop"],
         [

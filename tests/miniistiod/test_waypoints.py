@@ -309,6 +309,22 @@ def test_words_that_mean_nothing_are_refused(fields: Any, what: str) -> None:
     assert what in str(load({"a.yaml": waypoint(**fields)}).errors[0])
 
 
+@pytest.mark.parametrize(
+    ("address", "known"),
+    [
+        ("10.7.0.1", entry("wp", "10.7.0.1")),
+        ("10.7.0.1", service_entry("wp", spec={"addresses": ["10.7.0.1"]})),
+        ("wp.mesh", service_entry("wp")),
+    ],
+)
+def test_a_waypoint_that_nobody_knows_the_way_to_is_told(address: str, known: str) -> None:
+    mesh = Mesh(waypoint(address=address), waypoint("unused"), service_entry(labels={USE: "wp"}))
+    (warning,) = lint.findings(mesh.registry, "cluster.local")
+    assert f"waypoint shop/wp is at {address}, which is neither" in str(warning)
+    mesh.change(known)
+    assert not [item for item in lint.findings(mesh.registry, "cluster.local") if "neither" in str(item)]
+
+
 # -- policies and routes for waypoints
 
 BY = {"miniistiod/waypoint-programmed-by": "ops"}

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["MESH_CONFIG", "mesh_config"]
 
 MESH_CONFIG = "meshconfig.yaml"
+_SIDECARS = (
+    *("accessLogEncoding", "accessLogFile", "accessLogFormat", "connectTimeout", "defaultConfig", "defaultProviders"),
+    *("defaultHttpRetryPolicy", "disableEnvoyListenerLog", "dnsRefreshRate", "enableAutoMtls", "enableTracing"),
+    *("enableEnvoyAccessLogService", "enablePrometheusMerge", "extensionProviders", "h2UpgradePolicy"),
+    *("inboundClusterStatName", "ingressClass", "ingressControllerMode", "ingressSelector", "ingressService"),
+    *("outboundClusterStatName", "pathNormalization", "protocolDetectionTimeout", "proxyHttpPort"),
+    *("proxyInboundListenPort", "proxyListenPort", "serviceSettings", "tcpKeepalive"),
+)
+"""Istio's settings of sidecars and gateways. Nobody relies on them for who may talk to whom."""
 _VISIBILITIES = [item.value for item in Visibility]
 
 
@@ -28,6 +37,11 @@ def mesh_config(values: list[Value], findings: Findings) -> MeshConfig:
     fields: dict[str, Any] = {}
     trust_domain, root, network = reader.text("trustDomain"), reader.text("rootNamespace"), reader.text("network")
     visibility = reader.mapping("serviceEntryVisibility")
+    for name in _SIDECARS:
+        value = reader.take(name)
+        if value is not None:
+            reader.warning(value.line, f"{name} is about sidecars and gateways, and has no effect here", "remove it")
+    _refuse_what_is_not_enforced(reader)
     reader.finish()
     if trust_domain is not None:
         if common.is_object_name(trust_domain.replace("_", "-")):
@@ -51,6 +65,31 @@ def mesh_config(values: list[Value], findings: Findings) -> MeshConfig:
         fields["visibility"] = tuple(_rule(item) for item in visibility.readers("policies") or ())
         visibility.finish()
     return MeshConfig(**fields)
+
+
+def _refuse_what_is_not_enforced(reader: Reader) -> None:
+    for name, why, fix in (
+        (
+            "trustDomainAliases",
+            "has no effect in an ambient mesh: names of policies are compared as written",
+            "remove it",
+        ),
+        ("caCertificates", "would have others believed, and is not done", "give the roots to 'run --ca-dir'"),
+        ("meshMTLS", "has no effect: ztunnels speak TLS 1.3", "remove it"),
+        ("tlsDefaults", "has no effect: ztunnels speak TLS 1.3", "remove it"),
+        ("serviceScopeConfigs", "is about several clusters, and this is one", "remove it"),
+        ("discoverySelectors", "is not applied: every document counts", "take the others out of the directory"),
+    ):
+        reader.refuse(name, why, fix)
+    for name in ("outboundTrafficPolicy", "inboundTrafficPolicy"):
+        policy = reader.mapping(name)
+        if policy is None:
+            continue
+        mode = policy.text("mode")
+        if mode == "REGISTRY_ONLY":
+            policy.error(
+                policy.line, f"{name}.mode REGISTRY_ONLY is not enforced by ztunnels", "remove it, use a firewall"
+            )
 
 
 def _rule(reader: Reader) -> VisibilityRule:

@@ -211,11 +211,21 @@ def test_hosts_are_compared_in_lower_case() -> None:
         ("trustDomain: a/b\n", "trustDomain is 'a/b'"),
         ("rootNamespace: A\n", "rootNamespace is 'A'"),
         ("a: 1\n---\nb: 2\n", "has 2 documents"),
+        ("trustDomainAliases: [x]\n", "trustDomainAliases has no effect in an ambient mesh"),
+        ("caCertificates: [{pem: x}]\n", "would have others believed"),
+        ("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n", "REGISTRY_ONLY is not enforced"),
+        ("serviceScopeConfigs: [{scope: GLOBAL}]\n", "about several clusters"),
     ],
 )
 def test_a_wrong_mesh_config_is_an_error(text: str, what: str) -> None:
     found = [str(error) for error in load({"meshconfig.yaml": text}).errors]
     assert any(what in item for item in found), found
+
+
+def test_a_mesh_config_of_sidecars_is_taken_with_warnings() -> None:
+    found = load({"meshconfig.yaml": "accessLogFile: /dev/stdout\ndefaultConfig: {a: b}\ntrustDomain: x\n"})
+    assert [(item.severity, item.line) for item in found.findings] == [(Severity.WARNING, 1), (Severity.WARNING, 2)]
+    assert not load({"meshconfig.yaml": "outboundTrafficPolicy: {mode: ALLOW_ANY}\ntrustDomainAliases: []\n"}).findings
 
 
 def test_the_mesh_config_is_read_wherever_it_stands() -> None:
