@@ -36,7 +36,8 @@ from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import settings
 from ztunnel.control.svids import NoCertificate
 from ztunnel.dataplane.local import LocalWorkload
-from ztunnel.dataplane.outbound import baggage_of, resolve
+from ztunnel.dataplane.names import resolve
+from ztunnel.dataplane.plan import baggage_of
 from ztunnel.dns.answer import locate, zone_of
 from ztunnel.errors import (
     ConnectFailed,

@@ -13,7 +13,8 @@ from hbone.errors import ErrorCode, LocalProtocolError
 from ztunnel.dataplane.connections import AppConnection
 from ztunnel.dataplane.dial import Dial
 from ztunnel.dataplane.inner import InnerDial
-from ztunnel.dataplane.plan import GatewayPlan, Plan, baggage_of, plan_of, resolve
+from ztunnel.dataplane.names import Names
+from ztunnel.dataplane.plan import GatewayPlan, Plan, plan_of
 from ztunnel.dataplane.reactor import GONE, READ_WRITE
 from ztunnel.dataplane.relay import ENDS, Relay, join
 from ztunnel.errors import (
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from ztunnel.mesh.store import Change
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["Outbound", "OutboundConnection", "baggage_of", "resolve"]
+__all__ = ["Outbound", "OutboundConnection"]
 
 _WATCH_AFTER: Final = 0.5  # seconds without an answer after which the app's own reset is watched for
 _ANSWER_SECONDS: Final = 20.0  # dial, certificate and CONNECT together; the far side has 10 s to reach its application
@@ -65,6 +66,8 @@ class Outbound:
         self.plane = plane
         self.dialer = dialer
         self.inner = inner
+        self.names = Names(plane.reactor.clock, ipv6=plane.config.ipv6_enabled)
+        """Workloads that are known by host name."""
         self.pending: dict[OutboundConnection, None] = {}
         """Not answered yet, the oldest first."""
         self._random = random.Random(random.SystemRandom().getrandbits(128))
@@ -248,7 +251,7 @@ class OutboundConnection(AppConnection):
 
     async def _resolve(self, found: Resolve) -> None:
         try:
-            ip = await resolve(found.hostname, found.hint)
+            ip = await self._outbound.names.resolve(found.hostname, found.hint)
         except DataplaneError as exc:
             self.fail(exc)
             return

@@ -1,19 +1,14 @@
-"""What the connections of one route have in common, and names to addresses."""
+"""What the connections of one route have in common."""
 
 from __future__ import annotations
 
-import random
-import socket
 from typing import TYPE_CHECKING, Final
-
-import trio
 
 from hbone.connect import Authority, Baggage, ConnectRequest
 from hbone.pool import PoolKey
 from ztunnel.dataplane.sockets import text_of
-from ztunnel.errors import ResolutionFailed, address_text
+from ztunnel.errors import address_text
 from ztunnel.logs import INBOUND, OUTBOUND, Parties
-from ztunnel.mesh.address import parse_ip
 from ztunnel.mesh.inbound import proxy_header
 from ztunnel.mesh.rbac import Connection as PolicyFacts
 from ztunnel.mesh.route import Plain, Tunnel
@@ -25,15 +20,14 @@ if TYPE_CHECKING:
     from hbone.identity import SpiffeId
     from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
-    from ztunnel.mesh.address import Address, IpAddress
+    from ztunnel.mesh.address import Address
     from ztunnel.mesh.inbound import InboundTarget
     from ztunnel.mesh.route import Inner
     from ztunnel.mesh.workload import Workload
     from ztunnel.metrics import Traffic
 
-__all__ = ["GatewayPlan", "InboundPlan", "Plan", "baggage_of", "plan_of", "resolve"]
+__all__ = ["GatewayPlan", "InboundPlan", "Plan", "baggage_of", "plan_of"]
 
-_RESOLVE_SECONDS: Final = 5.0
 _ANSWERERS: Final = 64  # behind one gateway, for one service
 
 
@@ -202,23 +196,3 @@ def baggage_of(workload: Workload) -> Baggage:
         region=workload.locality.region or None,
         zone=workload.locality.zone or None,
     )
-
-
-async def resolve(hostname: str, hint: IpAddress) -> IpAddress:
-    """An address of a name, by the system's resolver; one of the hint's family if there is any.
-
-    Raises:
-        ResolutionFailed: none within five seconds.
-    """
-    found: list[IpAddress] = []
-    with trio.move_on_after(_RESOLVE_SECONDS) as scope:
-        try:
-            for entry in await trio.socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM):
-                found.append(parse_ip(str(entry[4][0])))
-        except (OSError, UnicodeError) as exc:
-            raise ResolutionFailed(hostname, str(exc)) from exc
-    if scope.cancelled_caught:
-        raise ResolutionFailed(hostname, f"no answer within {_RESOLVE_SECONDS:g} s")
-    if not found:
-        raise ResolutionFailed(hostname)
-    return random.choice([ip for ip in found if ip.version == hint.version] or found)

@@ -12,7 +12,7 @@ import random
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Final
 
-from ztunnel.dataplane.plan import resolve
+from ztunnel.dataplane.names import resolve
 from ztunnel.dataplane.reactor import GONE, READ
 from ztunnel.dataplane.sockets import DONTWAIT
 from ztunnel.dns.answer import locate, zone_of
