@@ -7,6 +7,7 @@ way to that resolver and to one elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -32,14 +33,31 @@ ZONE = {
     ("big.example", "A"): [f"198.51.{number}.1" for number in range(100)],
     ("printer.lan", "A"): ["192.0.2.9"],
     ("alias.example", "TXT"): ["text"],
+    ("records.example", "A"): ["198.51.100.1"],
+    ("records.example", "AAAA"): ["2001:db8:1::1"],
+    ("records.example", "TXT"): ['"one" "two"', '"three"'],
+    ("records.example", "MX"): ["10 mail.records.example."],
+    ("records.example", "NS"): ["ns1.example.", "ns2.example."],
+    ("records.example", "SOA"): ["ns1.example. hostmaster.example. 1 2 3 4 5"],
+    ("records.example", "CAA"): ['0 issue "ca.example"'],
+    ("records.example", "HTTPS"): ["1 . alpn=h2"],
+    ("records.example", "TYPE65280"): ["\\# 3 010203"],
+    ("_sip._tcp.records.example", "SRV"): ["0 5 5060 sip.records.example."],
+    ("alias.records.example", "CNAME"): ["records.example."],
+    ("1.100.51.198.in-addr.arpa", "PTR"): ["records.example."],
+    ("pod-0.headless.ns1.svc.cluster.local", "A"): ["192.0.2.10"],
+    ("huge.example", "TXT"): [f'"{number:0200}"' for number in range(40)],
+    (".", "NS"): ["a.root.example."],
 }
 STORE = store_of(
     service("web", "10.96.0.1", "2001:db8::1", namespace="ns1"),
     service("cart", "10.96.0.2", namespace="ns2"),
     service("se", "240.240.0.1", namespace="ns1", hostname="api.partner.example"),
     service("large", *(f"10.97.0.{number}" for number in range(200)), namespace="ns1"),
+    service("private", "10.96.0.3", namespace="ns2", namespace_only=True),
+    service("headless", namespace="ns1"),
 )
-NAMES = [*sorted({name for name, _ in ZONE}), "printer", "nobody.example"]
+NAMES = ["alias.example", "big.example", "four.example", "outside.example", "printer.lan", "printer", "nobody.example"]
 MESH_NAMES = ["web", "web.ns1", "web.ns1.svc.cluster.local", "cart.ns2", "cart", "api.partner.example", "large"]
 RULES = """
 table inet dns {
@@ -76,9 +94,20 @@ def look(server: str, directory: Path) -> dict[str, Any]:
     for tcp in (False, True):
         for name in (*NAMES, *MESH_NAMES):
             found[f"{name} {'tcp' if tcp else 'udp'}"] = getent(name, tcp=tcp)
+    for way in ("udp", "tcp"):
+        options = "use-vc" if way == "tcp" else ""
+        asked = run("env", f"RES_OPTIONS={options}", sys.executable, "-m", "tests.support.dns_libc")
+        found[f"messages {way}"] = json.loads(asked)
     if shutil.which("dig"):
         found["dig"] = {name: dig(server, name) for name in NAMES}
     return found
+
+
+def forget_soon() -> None:
+    """Have the kernel remember for a second only which datagrams it let pass: a port may be used again."""
+    for name in ("nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"):
+        with contextlib.suppress(OSError):
+            Path("/proc/sys/net/netfilter", name).write_text("1")
 
 
 async def main(directory: Path) -> None:
@@ -111,10 +140,12 @@ async def main(directory: Path) -> None:
             "nameserver": await trio.to_thread.run_sync(look, "127.0.0.1", directory),
         }
         run("nft", "-f", "-", text=RULES)
+        forget_soon()
         found["captured"] = await trio.to_thread.run_sync(look, "127.0.0.53", directory)
         found["elsewhere"] = await trio.to_thread.run_sync(look, "192.0.2.53", directory)
         # Without the mark, what the proxy asks is led back to it: a failure, and no storm.
         proxy._forwarder._mark = None
+        await trio.sleep(2)  # until the kernel forgot the ports that were used with it
         before = len(resolver.heard)
         found["misled"] = await trio.to_thread.run_sync(lambda: getent("outside.example", tcp=False))
         found["storm"] = len(resolver.heard) - before
