@@ -12,6 +12,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives import serialization
 from tests.support.daemon import CA, running, settings
+from tests.support.standing import REACH, line
 
 from hbone.testing.ca import TestCa
 from ztunnel.cli import _status_lines
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 FAILED = ResponseFlag.CONNECT
 RULES = Path(__file__).parents[2] / "examples" / "alerts" / "ztunnel.rules.yaml"
-REACH: dict[str, Any] = {"inboundCaptured": None, "outboundCaptured": None, "why": "not looked at", "ports": []}
 ENDS = 1_900_000_000
 
 
@@ -35,11 +35,6 @@ def token(**claims: Any) -> str:
 async def values(ztunnel: Running) -> dict[str, float]:
     body = (await ztunnel.http("stats", "/metrics"))[1]
     return {line.split(" ")[0]: float(line.split(" ")[1]) for line in body.splitlines() if not line.startswith("#")}
-
-
-def line(lines: list[str], name: str) -> str:
-    (found,) = [text for text in lines if text.startswith(f"{name} ")]
-    return found[15:]
 
 
 async def test_expiry_of_certificate_roots_and_token_are_shown(tmp_path: Path) -> None:

@@ -334,7 +334,8 @@ def grpc_dialer(
             except TlsError as error:
                 raise ControlPlaneError(f"no connection to the control plane {address}: {error}") from error
             except GrpcUnavailable as error:
-                raise Unreachable(f"no connection to the control plane {address}: {error.message}") from error
+                why = error.message.removeprefix(f"{address}: ")
+                raise Unreachable(f"no connection to the control plane {address}: {why}") from error
             yield _GrpcChannel(client)
 
     return dial
