@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from miniistiod.resources import Resource
 
 NAMESPACES = ("shop", "web", "istio-system")
-LABELS = ("", "app: a", "app: b", "app: a, tier: x", "istio.io/use-waypoint: w", "networking.istio.io/tunnel: http")
+LABELS = (
+    *("", "app: a", "app: b", "app: a, tier: x", "istio.io/use-waypoint: w", "networking.istio.io/tunnel: http"),
+    "istio.io/use-waypoint: w, istio.io/use-waypoint-canary: g",
+    "gateway.istio.io/managed: istio.io-mesh-controller, gateway.networking.k8s.io/gateway-name: w",
+)
 NETWORK = "topology.istio.io/network"
 
 
@@ -27,6 +31,7 @@ def document(kind: str, name: str, namespace: str | None, labels: str, rest: str
         "Namespace": "v1",
         "Service": "v1",
         "Gateway": "gateway.networking.k8s.io/v1",
+        "GatewayClass": "gateway.networking.k8s.io/v1",
         "EndpointSlice": "discovery.k8s.io/v1",
         "AuthorizationPolicy": "security.istio.io/v1",
         "PeerAuthentication": "security.istio.io/v1",
@@ -142,6 +147,11 @@ def surroundings(namespace: str) -> st.SearchStrategy[str]:
             st.sampled_from(["istio-waypoint", "istio-remote"]),
             st.sampled_from(["istio.io/waypoint-for: all", f"{NETWORK}: far", f"{NETWORK}: here", ""]),
             st.sampled_from(["[]", "[{value: 10.8.0.1}]", "[{type: Hostname, value: gw.example}]"]),
+        ),
+        st.builds(
+            lambda labels, annotations: document("GatewayClass", "istio-waypoint", None, labels, "", annotations),
+            st.sampled_from(["", "istio.io/waypoint-for: all", "istio.io/waypoint-for: none"]),
+            st.sampled_from(["", "ambient.istio.io/waypoint-inbound-binding: PROXY/15088"]),
         ),
     )
 

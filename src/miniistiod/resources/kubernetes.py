@@ -44,7 +44,7 @@ def service(reader: Reader, meta: Metadata) -> KubernetesService | None:
         spec.error(line, f"spec.type is {kind!r}, which has no meaning without Kubernetes", "use ClusterIP")
         spec.ignore("externalName")
     ports: list[ServicePort] = []
-    for item in spec.readers("ports") or ():
+    for item in spec.readers("ports", networking.MAX_LIST) or ():
         if not item.has("port"):
             item.require("port", "give the port a number")
         number = item.integer("port", 1, 65_535)
@@ -134,7 +134,7 @@ def endpoint_slice(reader: Reader, meta: Metadata) -> EndpointSlice | None:
     if service is None:
         reader.error(meta.line, f"the label {SERVICE_NAME} is missing", "name the Service that it belongs to")
     endpoints: list[SliceEndpoint] = []
-    for item in reader.readers("endpoints") or ():
+    for item in reader.readers("endpoints", networking.MAX_ENDPOINTS) or ():
         addresses = item.texts("addresses", common.ip_address) or ()
         if any(f"IPv{address.version}" != (kind or f"IPv{address.version}") for address in addresses):
             item.error(item.line, f"{item.path} has an address that is not {kind}", "correct addressType")
@@ -146,7 +146,7 @@ def endpoint_slice(reader: Reader, meta: Metadata) -> EndpointSlice | None:
         if addresses:
             endpoints.append(SliceEndpoint(addresses=addresses, ready=ready))
     ports: list[SlicePort] = []
-    for item in reader.readers("ports") or ():
+    for item in reader.readers("ports", networking.MAX_LIST) or ():
         name, number = item.text("name") or "", item.integer("port", 1, 65_535)
         item.choice("protocol", ("TCP",))
         item.ignore("appProtocol")

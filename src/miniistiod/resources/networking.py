@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from miniistiod.resources.reader import IpAddress, IpNetwork, Reader
 
 __all__ = [
+    "MAX_ENDPOINTS",
+    "MAX_LIST",
     "NODE_ANNOTATION",
     "REDIRECTION_ANNOTATION",
     "TRAFFIC_DISTRIBUTION",
@@ -38,6 +40,10 @@ _PROTOCOLS = frozenset(("HTTP", "HTTPS", "HTTP2", "GRPC", "GRPC-WEB", "MONGO", "
 _DISTRIBUTIONS = frozenset(("preferclose", "prefersamezone", "prefersamenode", "any"))
 _LOCATIONS = ("MESH_INTERNAL", "MESH_EXTERNAL")
 _MAX_WEIGHT = 2**32 - 1
+MAX_LIST = 256
+"""Hosts, addresses and ports of one document."""
+MAX_ENDPOINTS = 4096
+"""Endpoints of one document. Each of them has the ports of each host."""
 
 
 def workload_entry(reader: Reader, meta: Metadata) -> WorkloadEntry | None:
@@ -154,9 +160,9 @@ def service_entry(reader: Reader, meta: Metadata) -> ServiceEntry | None:
         reader.require("spec", "add spec with hosts and ports")
         return None
     line = spec.line
-    hosts = spec.texts("hosts", lambda text: common.host_name(text, wildcard=True)) or ()
+    hosts = spec.texts("hosts", lambda text: common.host_name(text, wildcard=True), most=MAX_LIST) or ()
     errors = spec.findings.errors
-    addresses = spec.texts("addresses", _virtual_address) or ()
+    addresses = spec.texts("addresses", _virtual_address, most=MAX_LIST) or ()
     readable = spec.findings.errors == errors
     ports = _ports(spec, hosts)
     resolution = Resolution(spec.choice("resolution", {item.value for item in Resolution}) or "NONE")
@@ -165,17 +171,19 @@ def service_entry(reader: Reader, meta: Metadata) -> ServiceEntry | None:
     sans = spec.texts("subjectAltNames", _subject) or ()
     selector = common.selector(spec, "workloadSelector", "labels")
     endpoints: list[Endpoint] = []
-    for item in spec.readers("endpoints") or ():
+    known: set[IpAddress | str] = set()
+    for item in spec.readers("endpoints", MAX_ENDPOINTS) or ():
         endpoint = _endpoint(item)
         item.finish()
         if endpoint is None:
             continue
-        if any(other.address == endpoint.address for other in endpoints):
+        if endpoint.address in known:
             item.error(
                 item.line,
                 f"{item.path} has the address {endpoint.address} of another endpoint of this ServiceEntry",
                 "keep one of them, or make two ServiceEntries",
             )
+        known.add(endpoint.address)
         endpoints.append(endpoint)
     spec.finish()
     check_distribution(reader, meta)
@@ -236,7 +244,7 @@ def _export_to(spec: Reader) -> None:
 
 def _ports(spec: Reader, hosts: tuple[str, ...]) -> tuple[ServicePort, ...]:
     ports: list[ServicePort] = []
-    for item in spec.readers("ports") or ():
+    for item in spec.readers("ports", MAX_LIST) or ():
         if not item.has("number"):
             item.require("number", "give the port a number")
         number = item.integer("number", 1, 65_535)

@@ -155,23 +155,30 @@ class Reader:
         value = self.take(name)
         return None if value is None else Reader(value, self.field(name), self.findings)
 
-    def elements(self, name: str) -> list[tuple[str, Value]] | None:
-        """The elements of a list, each with its path; None when the field is absent."""
+    def elements(self, name: str, most: int | None = None) -> list[tuple[str, Value]] | None:
+        """The elements of a list, each with its path; None when the field is absent. More than `most` are an error."""
         value = self.take(name)
         if value is None:
             return None
         if not isinstance(value, Sequence):
             self.error(value.line, f"{self.field(name)} is {kind_of(value)} instead of a list", "write '- value' lines")
             return []
-        return [(f"{self.field(name)}[{index}]", item) for index, item in enumerate(value.items)]
+        if most is not None and len(value.items) > most:
+            what = f"{self.field(name)} has {len(value.items)} elements, over the limit of {most}"
+            self.error(value.line, what, "make several documents")
+        return [(f"{self.field(name)}[{index}]", item) for index, item in enumerate(value.items[:most])]
 
-    def readers(self, name: str) -> list[Reader] | None:
-        """The elements of a list of mappings; None when the field is absent."""
-        elements = self.elements(name)
+    def readers(self, name: str, most: int | None = None) -> list[Reader] | None:
+        """The elements of a list of mappings; None when the field is absent. More than `most` are an error."""
+        elements = self.elements(name, most)
         return None if elements is None else [Reader(item, path, self.findings) for path, item in elements]
 
     def texts(
-        self, name: str, parse: Callable[[str], T], check: Callable[[T], None] | None = None
+        self,
+        name: str,
+        parse: Callable[[str], T],
+        check: Callable[[T], None] | None = None,
+        most: int | None = None,
     ) -> tuple[T, ...] | None:
         """A list of texts, each parsed. None when the field is absent.
 
@@ -179,8 +186,9 @@ class Reader:
             name: the field.
             parse: raises ValueError with what is wrong; the value is left out.
             check: raises ValueError too; that is an error all the same, but the value stays.
+            most: how many there may be.
         """
-        elements = self.elements(name)
+        elements = self.elements(name, most)
         if elements is None:
             return None
         found: list[T] = []

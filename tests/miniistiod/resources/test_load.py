@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from miniistiod.resources import (
@@ -14,6 +16,9 @@ from miniistiod.resources import (
     WorkloadEntry,
     load,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HEAD = {
     "AP": "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\nspec:\n",
@@ -232,6 +237,32 @@ def test_the_mesh_config_is_read_wherever_it_stands() -> None:
     resources = load({"b/meshconfig.yaml": "trustDomain: mesh.example\nrootNamespace: root\n"})
     assert (resources.mesh.trust_domain, resources.mesh.root_namespace) == ("mesh.example", "root")
     assert load({"b/meshconfig.yaml": "", "meshconfig.yaml": ""}).errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "limit", "element"),
+    [
+        ("SE", "hosts", 256, lambda number: f"h{number}.mesh"),
+        ("SE", "addresses", 256, lambda number: f"10.0.{number // 256}.{number % 256}"),
+        ("SE", "ports", 256, lambda number: f"{{number: {number}, name: p{number}}}"),
+        ("SE", "endpoints", 4096, lambda number: f"{{address: 10.0.{number // 256}.{number % 256}}}"),
+        ("SVC", "ports", 256, lambda number: f"{{port: {number}, name: p{number}}}"),
+    ],
+)
+def test_lists_that_are_multiplied_have_a_limit(
+    kind: str, field: str, limit: int, element: Callable[[int], str]
+) -> None:
+    """Each endpoint has the ports of each host: what a document becomes is bounded by this."""
+    rest = {"hosts": "[a.mesh]", "ports": "[{number: 80, name: http}]", "resolution": "STATIC"} if kind == "SE" else {}
+
+    def of(count: int) -> list[str]:
+        listed = ", ".join(element(number) for number in range(1, count + 1))
+        fields = {**rest, field: f"[{listed}]"}
+        return errors(HEAD[kind] + "".join(f"  {name}: {value}\n" for name, value in fields.items()))
+
+    assert of(limit) == []
+    (found,) = of(limit + 1)
+    assert f"spec.{field} has {limit + 1} elements, over the limit of {limit}; make several documents" in found
 
 
 def test_an_empty_policy_is_taken_and_allows_nobody() -> None:
