@@ -4,7 +4,7 @@
 | --- | --- |
 | alpha | the client; captured, with its ztunnel |
 | beta | one endpoint of the service `orders`; captured, with its ztunnel |
-| gamma | the other endpoint, and a service and workload of its own behind a waypoint; captured, with its ztunnel |
+| gamma | the other endpoint; captured, with its ztunnel, which may show applications their client's own address |
 | delta | nothing: a place for a waypoint that is no ztunnel |
 | epsilon | a waypoint behind its own ztunnel; captured |
 | plain | no ztunnel, not captured; a workload that takes plaintext |
@@ -20,6 +20,7 @@ import attrs
 import pytest
 import trio
 from tests.support.background import background, mesh_ca
+from tests.support.routing import bring_replies_back
 from tests.support.shop import until
 
 from hbone.identity import Identity, SpiffeId, StaticSource
@@ -262,6 +263,8 @@ async def _running(
                 machine = running.hosts[host]
                 assert isinstance(machine, NamespaceHost)
                 machine.capture()
+                if host == "gamma":
+                    bring_replies_back(machine)
                 starting.start_soon(add, host)
         yield found
         nursery.cancel_scope.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,15 @@ async def test_one_request_reaches_one_endpoint_and_many_reach_all(found: Lab) -
     for host, reporter, wanted in (("alpha", "source", 20), ("beta", "destination", 1), ("gamma", "destination", 1)):
         name = "istio_tcp_connections_opened_total"
         assert await found.total(host, name, label, f'reporter="{reporter}"') >= wanted
+
+
+async def test_applications_see_their_clients_address_where_routing_brings_replies_back(found: Lab) -> None:
+    for source in ("alpha", "plain"):  # through a tunnel, and in plaintext
+        client, beta = found.address(source), found.address("beta")
+        assert await found.ask(source, found.address("gamma"), WHO) == f"gamma {client}".encode()
+        assert await found.ask(source, beta, WHO) == f"beta {beta}".encode()
+    status = {host: json.loads((await found.ztunnel(host).http(15000, "/status"))[1]) for host in ("beta", "gamma")}
+    assert (status["beta"]["keepsSources"], status["gamma"]["keepsSources"]) == (False, True)
 
 
 async def test_a_denied_connect_is_401_with_its_policy_in_the_log(found: Lab) -> None:

@@ -111,6 +111,8 @@ class SvidManager:
         self._failed = False  # the last request failed, so callers get its error instead of waiting
         self._due_monotonic = 0.0
         self._due_wall = 0.0
+        self._asking = trio.CancelScope()
+        """Around the request that is under way: it ends when another identity is wanted."""
         self._changed = trio.Event()
         self._callbacks: list[Callable[[Identity], object]] = []
 
@@ -130,6 +132,7 @@ class SvidManager:
             self._due_monotonic = self._due_wall = 0.0
         self._failed, self._error = False, None
         self._backoff.reset()
+        self._asking.cancel()
         self._wake()
 
     def adopt(self, identity: Identity) -> None:
@@ -207,18 +210,11 @@ class SvidManager:
                 with trio.move_on_after(min(wait, LONGEST_SLEEP)):
                     await changed.wait()
                 continue
-            try:
-                identity = await self._authority.create(spiffe_id, self.current())
-            except ControlPlaneError as error:
-                if spiffe_id == self._wanted:
-                    self._note_failure(str(error))
+            identity = None
+            with trio.CancelScope() as self._asking:
+                identity = await self._ask(spiffe_id)
+            if identity is None or spiffe_id != self._wanted:
                 continue
-            except Exception as error:  # a fault of ours costs this attempt; the certificate in use stays
-                log.exception("asking for a certificate failed")
-                self._note_failure(f"internal error: {type(error).__name__}")
-                continue
-            if spiffe_id != self._wanted:
-                continue  # asked for another meanwhile
             self._install(identity, save=True)
             log.info(
                 "svid_rotated",
@@ -227,6 +223,19 @@ class SvidManager:
                 expires=identity.svid.expires_at.isoformat(),
                 renew_in=f"{self._wait():.1f}s",
             )
+
+    async def _ask(self, spiffe_id: SpiffeId) -> Identity | None:
+        """Ask the CA once. A failure is noted, unless another identity is wanted by now, and gives None."""
+        try:
+            return await self._authority.create(spiffe_id, self.current())
+        except ControlPlaneError as error:
+            reason = str(error)
+        except Exception as error:  # a fault of ours costs this attempt; the certificate in use stays
+            log.exception("asking for a certificate failed")
+            reason = f"internal error: {type(error).__name__}"
+        if spiffe_id == self._wanted:
+            self._note_failure(reason)
+        return None
 
     def _install(self, identity: Identity, *, save: bool) -> None:
         self._identity = identity

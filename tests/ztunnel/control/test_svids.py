@@ -242,3 +242,25 @@ async def test_fault_of_ours_costs_an_attempt_and_not_the_process(
     bench.control.on_unary = good
     await trio.sleep(5)
     assert bench.svids.current() is not None
+
+
+async def test_who_waits_while_the_identity_changes_gets_the_new_ones_certificate(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    bench = Bench()
+    other = SpiffeId.parse("spiffe://cluster.local/ns/shop/sa/another")
+    bench.control.hangs = True
+    bench.svids.want(ME)
+    nursery.start_soon(bench.svids.run)
+    found: list[str] = []
+
+    async def wait() -> None:
+        found.append(str((await bench.svids.fetch()).svid.id))
+
+    async with trio.open_nursery() as callers:
+        callers.start_soon(wait)
+        await trio.sleep(1)
+        bench.svids.want(other)
+        bench.control.hangs = False
+    assert found == [str(other)]
+    assert trio.current_time() == 1  # the request for the old one was given up

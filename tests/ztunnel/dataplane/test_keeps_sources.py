@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.support.routing import bring_replies_back
 
 from hbone.testing.hosts import NamespaceHost, hosts, namespace_obstacle
 
@@ -24,24 +25,6 @@ from ztunnel.dataplane.sockets import SocketCalls, SocketOptions
 from ztunnel.mesh import parse_ip
 print(keeps_sources(SocketCalls(SocketOptions(mark=1337)), parse_ip("0.0.0.0"), wanted=None))
 """
-RULES = """
-table ip mangle {
-  chain prerouting {
-    type filter hook prerouting priority mangle; policy accept;
-    meta mark & 0xfff == 0x539 ct mark set 0x111
-    ct mark & 0xfff == 0x111 meta mark set 0x111
-  }
-  chain output {
-    type route hook output priority mangle; policy accept;
-    meta mark & 0xfff == 0x539 ct mark set 0x111
-    ct mark & 0xfff == 0x111 meta mark & 0xfff != 0x539 meta mark set 0x111
-  }
-}
-"""
-ROUTES = (
-    ["ip", "rule", "add", "fwmark", "0x111/0xfff", "pref", "32764", "lookup", "100"],
-    ["ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100"],
-)
 
 
 def _asked(host: NamespaceHost) -> str:
@@ -51,12 +34,6 @@ def _asked(host: NamespaceHost) -> str:
     return done.stdout.split()[-1]
 
 
-def _bring_replies_back(host: NamespaceHost) -> None:
-    subprocess.run(host.command("nft", "-f", "-"), input=RULES, text=True, timeout=10, check=True)
-    for command in ROUTES:
-        subprocess.run(host.command(*command), timeout=10, check=True)
-
-
 async def test_the_answer_is_that_of_the_routing_and_nothing_leaves_the_host() -> None:
     async with hosts(["alpha", "beta"], namespaces=True) as machines:
         alpha = machines["alpha"]
@@ -64,7 +41,7 @@ async def test_the_answer_is_that_of_the_routing_and_nothing_leaves_the_host() -
         with alpha.tap() as tap:
             tap.setblocking(False)
             assert _asked(alpha) == "False"
-            _bring_replies_back(alpha)
+            bring_replies_back(alpha)
             assert _asked(alpha) == "True"
             assert _tcp_packets(tap.recv) == 0
 
