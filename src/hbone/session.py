@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from hbone.config import ConnectionConfig
     from hbone.engine.flow import WindowBudget
     from hbone.events import Event
-    from hbone.identity import Authorizer, Identity
+    from hbone.identity import Authorizer
     from hbone.tls import TlsContext
 
-__all__ = ["FLUSH_TIMEOUT", "Contexts", "Session", "as_peers", "as_request", "dialing_endpoint"]
+__all__ = ["FLUSH_TIMEOUT", "Session", "as_peers", "as_request", "dialing_endpoint"]
 
 FLUSH_TIMEOUT = 1.0
 """Seconds that the last bytes of a connection, GOAWAY, an alert or close_notify, may take to leave."""
@@ -275,26 +275,6 @@ def as_peers(peer: str | SpiffeId | Iterable[str | SpiffeId] | None) -> frozense
     if isinstance(peer, (str, SpiffeId)):
         peer = (peer,)
     return frozenset(each if isinstance(each, SpiffeId) else SpiffeId.parse(each) for each in peer)
-
-
-class Contexts:
-    """TLS contexts of one side, one for each version of the identity: made when it is first used, then shared."""
-
-    def __init__(self, make: Callable[[Identity], TlsContext]) -> None:
-        self._make = make
-        self._identity: Identity | None = None
-        self._context: TlsContext | None = None
-
-    def of(self, identity: Identity) -> TlsContext:
-        """The context of `identity`.
-
-        Raises:
-            HboneError: its certificate or key cannot be used.
-        """
-        if self._context is None or self._identity is not identity:
-            self._context = self._make(identity)
-            self._identity = identity
-        return self._context
 
 
 def dialing_endpoint(

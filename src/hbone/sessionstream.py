@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from hbone.errors import ErrorCode, LocalProtocolError, StreamResetError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hbone.connect import ConnectRequest
     from hbone.errors import HboneError
     from hbone.events import Headers
@@ -45,6 +47,12 @@ class SessionStream(abc.ABC):
         """False when the peer says that it never acted on the request."""
         self.failure: HboneError | None = None
         """Why the stream broke; reading still gives what came before."""
+        self.received_bytes = 0
+        """Payload that arrived."""
+        self.sent_bytes = 0
+        """Payload that was queued to be sent."""
+        self.on_over: Callable[[], object] | None = None
+        """Called once when both directions have ended, in whatever way."""
         self._buffer = bytearray()
         self.read_ended = False
         """The peer sends no more."""
@@ -127,6 +135,7 @@ class SessionStream(abc.ABC):
         if not capacity:
             return 0
         taken = self.session.engine.send_data(self.stream_id, data[:capacity])
+        self.sent_bytes += taken
         self.session.wake_writer()
         return taken
 
@@ -181,6 +190,11 @@ class SessionStream(abc.ABC):
             self.reset(ErrorCode.CANCEL if self.session.client else ErrorCode.NO_ERROR)
 
     @property
+    def over(self) -> bool:
+        """Both directions have ended, in whatever way."""
+        return self._gone
+
+    @property
     def write_ended(self) -> bool:
         """We sent END_STREAM."""
         return self._write_ended
@@ -194,6 +208,7 @@ class SessionStream(abc.ABC):
 
     def sink(self, view: memoryview) -> int:
         """Keep payload until it is read; nothing is credited before."""
+        self.received_bytes += len(view)
         if self.closed:
             return len(view)
         self._buffer += view
@@ -240,3 +255,5 @@ class SessionStream(abc.ABC):
         if not self._gone:
             self._gone = True
             self.session.forget(self)
+            if self.on_over is not None:
+                self.on_over()

@@ -9,21 +9,22 @@ import abc
 import collections
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, TypeVar
 
-from hbone.errors import ConnectionLost, ErrorCode, HboneError
+from hbone.errors import ConnectionLost, ErrorCode, HboneError, PeerIdentityError
 from hbone.identity import same_trust_domain
 from hbone.pool import Dial, Ping, Pool, PoolKey, PoolStatistics, Use
-from hbone.session import Contexts, Session, as_peers, as_request, dialing_endpoint
+from hbone.recall import Recall
+from hbone.session import Session, as_peers, as_request, dialing_endpoint
 from hbone.sessionstream import SessionStream
 from hbone.tls import TlsContext
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from hbone.config import ConnectionConfig
     from hbone.connect import Authority, ConnectRequest
     from hbone.endpoint import Endpoint
     from hbone.engine.flow import WindowBudget
-    from hbone.identity import Authorizer, Identity, IdentitySource, SpiffeId
+    from hbone.identity import Authorizer, Identity, IdentitySource, RevocationSource, SpiffeId
 
 __all__ = ["DIAL_TIMEOUT", "PoolOptions", "TunnelPool"]
 
@@ -57,6 +58,8 @@ class PoolOptions(TypedDict, total=False):
     max_streams: int
     idle_timeout: float
     capacity: int
+    revocations: RevocationSource | None
+    refused: Callable[[HboneError], object]
 
 
 T = TypeVar("T", bound="Session[Any]")
@@ -76,6 +79,8 @@ class TunnelPool(abc.ABC, Generic[T, S]):
         max_streams: streams on one tunnel.
         idle_timeout: seconds that a tunnel without a stream is kept.
         capacity: tunnels kept; beyond it idle ones are closed.
+        revocations: certificates that were taken back; those that are found end tunnels that live, too.
+        refused: called with the error when that happens.
     """
 
     def __init__(
@@ -90,6 +95,8 @@ class TunnelPool(abc.ABC, Generic[T, S]):
         max_streams: int = 100,
         idle_timeout: float = 300.0,
         capacity: int = 500,
+        revocations: RevocationSource | None = None,
+        refused: Callable[[HboneError], object] = lambda _: None,
     ) -> None:
         self._svid = svid
         self._authorize = authorize
@@ -98,7 +105,7 @@ class TunnelPool(abc.ABC, Generic[T, S]):
         self._dial_timeout = dial_timeout
         self._ping_timeout = ping_timeout
         self._idle_timeout = idle_timeout
-        self._contexts = Contexts(TlsContext.client)
+        self._recall = Recall(TlsContext.client, revocations, refused)
         self._pool: Pool[T] = Pool(
             lambda tunnel: tunnel.engine,
             heard_at=lambda tunnel: tunnel.endpoint.heard_at,
@@ -208,10 +215,12 @@ class TunnelPool(abc.ABC, Generic[T, S]):
 
     def _is_usable(self, tunnel: T) -> bool:
         """Much may happen between the end of a handshake and here. What takes no stream is closed, not kept."""
-        if tunnel.failure is None and tunnel.engine.available_streams and not self._closed:
+        if self._recall.admit(tunnel) and tunnel.engine.available_streams and not self._closed:
             return True
         tunnel.close()
         self._check_open()
+        if isinstance(tunnel.failure, PeerIdentityError):
+            raise tunnel.failure
         if not isinstance(tunnel.failure, ConnectionLost):  # a refusal, where another tunnel would fare no better
             raise ConnectionLost(str(tunnel.failure)) from tunnel.failure
         return False
@@ -219,7 +228,7 @@ class TunnelPool(abc.ABC, Generic[T, S]):
     def _make_endpoint(self, key: PoolKey, identity: Identity) -> Endpoint:
         """The client's end of a tunnel that is about to begin."""
         return dialing_endpoint(
-            self._contexts.of(identity),
+            self._recall.of(identity),
             key.source,
             key.expected,
             self._authorize,
@@ -278,6 +287,7 @@ class TunnelPool(abc.ABC, Generic[T, S]):
     def _close_pool(self) -> None:
         """No further stream; whoever waits is told."""
         self._closed = True
+        self._recall.close()
         self._pool.close()
         for waiting in self._waiting.values():
             while waiting:

@@ -11,7 +11,8 @@ from hbone.asyncio.connection import Tunnel
 from hbone.asyncio.stream import HboneTransport
 from hbone.endpoint import Endpoint
 from hbone.errors import ErrorCode, HboneError
-from hbone.session import FLUSH_TIMEOUT, Contexts
+from hbone.recall import Recall
+from hbone.session import FLUSH_TIMEOUT
 from hbone.tls import TlsContext
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from hbone.asyncio.stream import TunnelStream
     from hbone.config import ConnectionConfig
     from hbone.engine.flow import WindowBudget
-    from hbone.identity import Authorizer, IdentitySource, SpiffeId
+    from hbone.identity import Authorizer, IdentitySource, RevocationSource, SpiffeId
 
     Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]]
     """Serves one stream, which is closed when it returns."""
@@ -43,6 +44,7 @@ async def serve(
     budget: WindowBudget | None = None,
     admission: Admission = HANDSHAKES,
     drain_timeout: float = 5.0,
+    revocations: RevocationSource | None = None,
     started: Callable[[Sequence[tuple[str, int]]], object] | None = None,
 ) -> None:
     """Listen, and call `handler(reader, writer)` for each stream that an authorized peer opens. Runs until cancelled.
@@ -61,12 +63,13 @@ async def serve(
         budget: what receive windows of all tunnels together may grow by.
         admission: limits of handshakes at once.
         drain_timeout: seconds.
+        revocations: certificates that were taken back; those that are found end tunnels that live, too.
         started: called with the addresses listened on.
 
     Raises:
         OSError: the port cannot be listened on.
     """
-    server = _Server(handler, svid, authorize, accept, config, budget, admission)
+    server = _Server(handler, svid, authorize, accept, config, budget, admission, revocations)
     listening = await asyncio.get_running_loop().create_server(server.make, host, port)
     try:
         if started is not None:
@@ -74,7 +77,10 @@ async def serve(
         await asyncio.Event().wait()
     finally:
         listening.close()
-        await asyncio.shield(server.drain(drain_timeout))
+        try:
+            await asyncio.shield(server.drain(drain_timeout))
+        finally:
+            server.recall.close()
 
 
 class _ServedTunnel(Tunnel):
@@ -112,6 +118,8 @@ class _ServedTunnel(Tunnel):
     def _leave(self) -> None:
         if self._address is not None:
             self._server.admission.leave(self._address)
+        if self.endpoint.established:
+            self._server.recall.admit(self)
 
 
 class _Server:
@@ -124,6 +132,7 @@ class _Server:
         config: ConnectionConfig | None,
         budget: WindowBudget | None,
         admission: Admission,
+        revocations: RevocationSource | None,
     ) -> None:
         self._handler = handler
         self._svid = svid
@@ -132,7 +141,7 @@ class _Server:
         self._config = config
         self._budget = budget
         self.admission = admission
-        self._contexts = Contexts(TlsContext.server)
+        self.recall = Recall(TlsContext.server, revocations)
         self.draining = False
         self.tunnels: set[_ServedTunnel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -141,7 +150,7 @@ class _Server:
         """A protocol for one accepted connection."""
         try:
             identity = self._svid.current()
-            context = self._contexts.of(identity)
+            context = self.recall.of(identity)
         except HboneError as error:
             _log.error("a connection was closed: %s", error)
             return _Closed()

@@ -1,6 +1,6 @@
 """SPIFFE identities: IDs, X.509-SVIDs, trust bundles, their sources, and the rules for a peer's certificate."""
 
-from hbone.identity.revocation import RevocationLists, Revoked
+from hbone.identity.revocation import RevocationLists, RevocationSource, Revoked
 from hbone.identity.sources import FileSource, Identity, IdentitySource, StaticSource
 from hbone.identity.spiffe import SpiffeId, TrustDomain
 from hbone.identity.svid import ServerCertificate, TrustBundle, TrustBundles, X509Svid
@@ -12,6 +12,7 @@ __all__ = [
     "Identity",
     "IdentitySource",
     "RevocationLists",
+    "RevocationSource",
     "Revoked",
     "ServerCertificate",
     "SpiffeId",

@@ -8,7 +8,7 @@ CAs of one name do not speak for each other.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 from cryptography import x509
@@ -18,9 +18,9 @@ from hbone.identity.spiffe import quoted
 from hbone.identity.svid import UNPARSABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["RevocationLists", "Revoked"]
+__all__ = ["RevocationLists", "RevocationSource", "Revoked"]
 
 _KNOWN_SIGNERS = 1024  # pairs of list and issuer whose signature is remembered
 
@@ -34,6 +34,17 @@ class Revoked:
     def __str__(self) -> str:
         issuer = quoted(self.certificate.issuer.rfc4514_string())
         return f"the certificate with serial {self.certificate.serial_number:x} was revoked by {issuer}"
+
+
+class RevocationSource(Protocol):
+    """Who knows the lists, and tells when they change."""
+
+    @property
+    def current(self) -> RevocationLists:
+        """Those in force."""
+
+    def subscribe(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Call after each change; returns what ends that."""
 
 
 class RevocationLists:

@@ -11,7 +11,7 @@ import trio
 
 from hbone.errors import ConnectionLost
 from hbone.identity import same_trust_domain
-from hbone.session import Contexts, as_peers, dialing_endpoint
+from hbone.session import as_peers, dialing_endpoint
 from hbone.tls import TlsContext
 from hbone.trio.connection import Connection
 from hbone.tunnelpool import DIAL_TIMEOUT
@@ -124,7 +124,7 @@ async def open_tunnel(
     """
     expected = as_peers(peer)
     identity = svid.current()
-    context = Contexts(TlsContext.client).of(identity)
+    context = TlsContext.client(identity)
 
     def make_endpoint() -> Endpoint:
         return dialing_endpoint(context, identity.svid.id, expected, authorize, config, budget, trio.current_time())

@@ -47,6 +47,8 @@ class ConnectionPool(TunnelPool[Connection, HboneStream]):
         max_streams: streams on one tunnel; 100 by default.
         idle_timeout: seconds that a tunnel without a stream is kept; 300 by default.
         capacity: tunnels kept, 500 by default; beyond it idle ones are closed.
+        revocations: certificates that were taken back; those that are found end tunnels that live, too.
+        refused: called with the error when that happens.
     """
 
     def __init__(

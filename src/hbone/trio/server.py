@@ -10,7 +10,7 @@ import trio
 from hbone.admission import HANDSHAKES
 from hbone.endpoint import Endpoint
 from hbone.errors import ErrorCode, HboneError
-from hbone.session import Contexts
+from hbone.recall import Recall
 from hbone.tls import TlsContext
 from hbone.trio.connection import Connection
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hbone.admission import Admission
     from hbone.config import ConnectionConfig
     from hbone.engine.flow import WindowBudget
-    from hbone.identity import Authorizer, IdentitySource, SpiffeId
+    from hbone.identity import Authorizer, IdentitySource, RevocationSource, SpiffeId
     from hbone.trio.stream import HboneStream
 
     Handler = Callable[[HboneStream], Awaitable[object]]
@@ -47,6 +47,8 @@ async def serve(
     budget: WindowBudget | None = None,
     admission: Admission = HANDSHAKES,
     drain_timeout: float = DRAIN_TIMEOUT,
+    revocations: RevocationSource | None = None,
+    refused: Callable[[HboneError], object] = lambda _: None,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Listen, and call `handler` for each stream that an authorized peer opens. Runs until it is cancelled.
@@ -65,6 +67,8 @@ async def serve(
         budget: what receive windows of all tunnels together may grow by.
         admission: limits of handshakes at once.
         drain_timeout: seconds.
+        revocations: certificates that were taken back; those that are found end tunnels that live, too.
+        refused: called with the error of each tunnel that is refused in its handshake, or cut by `revocations`.
         task_status: reports the listeners.
 
     Raises:
@@ -80,6 +84,8 @@ async def serve(
         budget=budget,
         admission=admission,
         drain_timeout=drain_timeout,
+        revocations=revocations,
+        refused=refused,
         task_status=task_status,
     )
 
@@ -94,22 +100,27 @@ async def serve_listeners(
     budget: WindowBudget | None = None,
     admission: Admission = HANDSHAKES,
     drain_timeout: float = DRAIN_TIMEOUT,
+    revocations: RevocationSource | None = None,
+    refused: Callable[[HboneError], object] = lambda _: None,
     task_status: trio.TaskStatus[list[L]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """As `serve`, on listeners that the caller made; they are closed at the end."""
-    server = _Server(handler, svid, authorize, config, budget, admission)
-    async with trio.open_nursery() as outer:
-        # The connections live in a task of their own that a cancellation from outside does not reach: they drain.
-        stop = trio.Event()
-        scope, nursery = await outer.start(_host, stop)
-        try:
-            await trio.serve_listeners(
-                server.serve_transport, list(listeners), handler_nursery=nursery, task_status=task_status
-            )
-        finally:
-            scope.deadline = trio.current_time() + drain_timeout
-            server.drain()
-            stop.set()
+    server = _Server(handler, svid, authorize, config, budget, admission, revocations, refused)
+    try:
+        async with trio.open_nursery() as outer:
+            # The connections live in a task of their own that a cancellation from outside does not reach: they drain.
+            stop = trio.Event()
+            scope, nursery = await outer.start(_host, stop)
+            try:
+                await trio.serve_listeners(
+                    server.serve_transport, list(listeners), handler_nursery=nursery, task_status=task_status
+                )
+            finally:
+                scope.deadline = trio.current_time() + drain_timeout
+                server.drain()
+                stop.set()
+    finally:
+        server.close()
 
 
 async def serve_transport(
@@ -141,6 +152,8 @@ class _Server:
         config: ConnectionConfig | None,
         budget: WindowBudget | None,
         admission: Admission | None,
+        revocations: RevocationSource | None = None,
+        refused: Callable[[HboneError], object] = lambda _: None,
     ) -> None:
         self._handler = handler
         self._svid = svid
@@ -148,7 +161,8 @@ class _Server:
         self._config = config
         self._budget = budget
         self._admission = admission
-        self._contexts = Contexts(TlsContext.server)
+        self._recall = Recall(TlsContext.server, revocations, self._cut)
+        self._refused = refused
         self._connections: set[Connection] = set()
         self._draining = False
 
@@ -162,6 +176,14 @@ class _Server:
             _log.exception("tunnel from %s failed", _address(transport) or "a peer")
         finally:
             await trio.aclose_forcefully(transport)
+
+    def _cut(self, error: HboneError) -> None:
+        _log.info("tunnel closed by the revocation lists: %s", error)
+        self._refused(error)
+
+    def close(self) -> None:
+        """Ask the revocation lists no more."""
+        self._recall.close()
 
     def drain(self) -> None:
         """GOAWAY to all."""
@@ -184,7 +206,7 @@ class _Server:
                 return authorize(peer, own)
 
             endpoint = Endpoint(
-                self._contexts.of(identity),
+                self._recall.of(identity),
                 client=False,
                 authorize=allowed,
                 config=self._config,
@@ -206,6 +228,9 @@ class _Server:
                     await streams.start(connection.run)
                 except HboneError as error:
                     _log.info("tunnel from %s refused: %s", address or "a peer", error)
+                    self._refused(error)
+                else:
+                    self._recall.admit(connection)
                 if admission is not None:
                     admission.leave(address)
                     admission = None
