@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 import trio
 
-from hbone.connect import Authority, AuthorityError, ConnectRequest, response_headers
+from hbone.connect import Authority, AuthorityError, Baggage, ConnectRequest, response_headers
 from hbone.daemon.logs import get_logger
 from hbone.endpoint import Endpoint
 from hbone.engine.flow import WindowBudget
@@ -25,13 +25,16 @@ from hbone.errors import (
     ErrorCode,
     HboneError,
     IdentityError,
+    PeerRevokedError,
     StreamResetError,
     TlsError,
 )
 from hbone.identity import same_trust_domain
+from hbone.recall import Recall
 from hbone.tls import TlsContext
 from hbone.trio import ConnectionPool, serve_listeners
 from hbone.trio.client import dial, open_quiet_nursery
+from ztunnel.books import Books, Entry, PlainStream
 from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import settings
 from ztunnel.control.svids import NoCertificate
@@ -43,12 +46,14 @@ from ztunnel.errors import (
     ConnectFailed,
     DataplaneError,
     IdentityUnavailable,
+    PeerRevoked,
     PolicyChanged,
     ResolutionFailed,
     TlsFailed,
     TunnelRejected,
     address_text,
 )
+from ztunnel.logs import INBOUND
 from ztunnel.membership import Membership
 from ztunnel.mesh import Connection, decide, parse_ip
 from ztunnel.mesh.inbound import inbound
@@ -56,7 +61,7 @@ from ztunnel.mesh.route import Refused, Resolve, Tunnel, route
 from ztunnel.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
     from types import TracebackType
 
     from hbone.identity import Identity
@@ -97,6 +102,7 @@ class _Live:
 
     stream: HboneStream
     facts: Connection
+    entry: Entry
     cut: bool = False
     """Closed because a change of policy withdrew the permission."""
 
@@ -112,8 +118,12 @@ class Ztunnel:
 
     Nothing listens before `listen` is called. Leaving the block closes every stream.
 
+    Each connection has its line in the access log when it ends, as the daemon's: of the standard library's logger
+    `access` (level INFO, ERROR for one that failed), unless the program configured `hbone.daemon.logs`.
+
     Args:
         config: settings; from the environment when None.
+        on_connection: called with the fields of that line as well, when a connection ended.
         xds: another way to discovery, for tests.
         authority: another CA, for tests.
 
@@ -125,15 +135,11 @@ class Ztunnel:
         self,
         config: Config | None = None,
         *,
+        on_connection: Callable[[Mapping[str, Any]], object] | None = None,
         xds: Dial | None = None,
         authority: CertificateAuthority | None = None,
     ) -> None:
         self.config = config if config is not None else settings(os.environ)
-        if self.config.crl_path is not None:
-            raise ConfigurationError(
-                f"CRL_PATH is {str(self.config.crl_path)!r}, and a ztunnel in a program checks no revocation lists;"
-                " unset it, or run the daemon"
-            )
         self.config.served  # noqa: B018 - a missing workload is named at once
         self._xds = xds
         self._authority = authority
@@ -145,6 +151,9 @@ class Ztunnel:
         self._budget = WindowBudget(self.config.window_budget)
         self._ready = trio.Event()
         self._mesh: Membership | None = None
+        self.metrics = Metrics(self.config.istio_version)
+        """The counters of the daemon: a collector for prometheus_client, or a page by `metrics.exposition()`."""
+        self._books = Books(self.config, self.metrics, on_connection)
 
     # life
 
@@ -158,11 +167,14 @@ class Ztunnel:
                 stack.callback(state.release)
             self._mesh = mesh = Membership(
                 self.config,
-                Metrics(self.config.istio_version),
+                self.metrics,
                 state,
                 xds=self._xds,
                 authority=self._authority,
+                check_revocations=True,
             )
+            self._recall = Recall(TlsContext.client, mesh.revocations, lambda error: self._refused("source", error))
+            stack.callback(self._recall.close)
             self._local = LocalWorkload(mesh.store, self.config.served, self.config.node_name)
             stack.callback(self._local.close)
             stack.callback(mesh.store.subscribe(self._recheck))
@@ -178,6 +190,8 @@ class Ztunnel:
                     budget=self._budget,
                     max_streams=self.config.pool_max_streams,
                     idle_timeout=self.config.pool_idle,
+                    revocations=mesh.revocations,
+                    refused=lambda error: self._refused("source", error),
                 )
             )
             self._stack = stack.pop_all()
@@ -206,6 +220,14 @@ class Ztunnel:
         """Identity, control plane and mesh, as `ztunnel status --json` has them."""
         return self._known().status()
 
+    def _refused(self, reporter: str, error: HboneError) -> None:
+        """A handshake failed, or a tunnel was cut by the revocation lists."""
+        if isinstance(error, PeerRevokedError):
+            self.metrics.crl_rejected(reporter)
+            log.warning("tunnel closed by the revocation lists", reporter=reporter, reason=str(error))
+        elif reporter == "destination":
+            log.info("tunnel refused", error=str(error))
+
     # out
 
     async def connect(self, host: str, port: int) -> trio.abc.HalfCloseableStream:
@@ -216,8 +238,8 @@ class Ztunnel:
             port: of the service.
 
         Returns:
-            An `HboneStream`, whose `peer` is who answered, or a `trio.SocketStream` outside the mesh. What is known
-            to take tunnels is never reached in plaintext.
+            An `HboneStream`, whose `peer` is who answered, or outside the mesh a TCP connection with Trio's `socket`.
+            What is known to take tunnels is never reached in plaintext.
 
         Raises:
             DataplaneError: why there is no connection; each kind is a class in `ztunnel.errors`.
@@ -240,12 +262,24 @@ class Ztunnel:
         if isinstance(found, Refused):
             raise found.error
         if isinstance(found, Tunnel):
-            return await self._tunnel(mesh, source, found)
+            # Behind a gateway it shows only in the end who answers.
+            entry = self._books.outbound(source, found) if found.inner is None else None
+            with _closing_on_error(entry or (lambda: self._books.outbound(source, found))):
+                stream = await self._tunnel(mesh, source, found)
+            if entry is None:
+                said = Baggage.parse(value for name, value in stream.response if name == b"baggage")
+                entry = self._books.outbound(source, found, answered=stream.peer, baggage=said)
+            entry.follow(stream)
+            return stream
         ip, plain_port = found.address
-        try:
-            return await trio.open_tcp_stream(str(ip), plain_port)
-        except OSError as error:
-            raise ConnectFailed(f"{address_text(found.address)}: {_reason(error)}") from error
+        entry = self._books.outbound(source, found)
+        with _closing_on_error(entry):
+            try:
+                plain = PlainStream(await trio.open_tcp_stream(str(ip), plain_port))
+            except OSError as error:
+                raise ConnectFailed(f"{address_text(found.address)}: {_reason(error)}") from error
+        entry.follow(plain)
+        return plain
 
     async def _destination(self, mesh: Membership, source: Workload, host: str, port: int) -> Address:
         bracketed = f"[{host}]" if ":" in host and not host.startswith("[") else host
@@ -281,6 +315,9 @@ class Ztunnel:
             raise TunnelRejected(error.status) from error
         except IdentityError as error:
             raise IdentityUnavailable(str(error)) from error
+        except PeerRevokedError as error:
+            self._refused("source", error)
+            raise PeerRevoked(str(error)) from error
         except TlsError as error:
             raise TlsFailed(str(error)) from error
         except (ConnectionLost, StreamResetError, HboneError) as error:
@@ -295,7 +332,7 @@ class Ztunnel:
 
         def make_endpoint() -> Endpoint:
             return Endpoint(
-                TlsContext.client(identity),
+                self._recall.of(identity),
                 client=True,
                 authorize=lambda peer: peer in inner.expected,
                 config=self.config.connection,
@@ -311,6 +348,8 @@ class Ztunnel:
             on_stream_end=lambda tunnel: tunnel.close(),
         )
         try:
+            if not self._recall.admit(tunnel) and tunnel.failure is not None:
+                raise tunnel.failure
             return await tunnel.connect(request)
         except BaseException:
             tunnel.close()
@@ -381,6 +420,8 @@ class Ztunnel:
             config=self.config.connection,
             budget=self._budget,
             drain_timeout=self.config.drain_deadline,
+            revocations=self._known().revocations,
+            refused=lambda error: self._refused("destination", error),
             task_status=task_status,
         )
 
@@ -388,6 +429,7 @@ class Ztunnel:
         """One CONNECT: validate, ask the policies, hand over."""
         mesh = self._known()
         peer, local = _ends(stream)
+        entry: Entry | None = None
         try:
             workload = await self._local.wait()
             target = inbound(
@@ -395,31 +437,44 @@ class Ztunnel:
             )
             if isinstance(target, DataplaneError):
                 raise target
-            facts = Connection(peer[0], stream.peer, target.address)
-            live = _Live(stream, facts)
-            self._live[live] = None  # before the decision, so that no change slips in between
-            try:
-                decision = decide(mesh.store, workload, facts)
-                if not decision.allowed:
-                    raise decision.error()
-                handler = self._handlers.get(target.address[1])
-                if handler is None:
-                    raise ConnectFailed(f"nobody listens on port {target.address[1]}")
-                stream.accept(response_headers(baggage_of(workload)) if self.config.response_baggage else ())
-                await handler(stream)
-            except trio.ClosedResourceError:
-                if not live.cut:
-                    raise
-            finally:
-                self._live.pop(live, None)
-        except DataplaneError as error:
-            log.warning(
-                "connection refused",
-                **{"src.addr": address_text(peer), "src.identity": str(stream.peer)},
-                error=str(error),
+            entry = self._books.inbound(mesh.store, workload, peer, local, stream.peer, stream.request, target)
+            await self._decide_and_hand_over(
+                mesh, workload, stream, entry, Connection(peer[0], stream.peer, target.address)
             )
+        except DataplaneError as error:
+            if entry is None:
+                self._books.log.early_deny(INBOUND, peer, local, error)
+            else:
+                entry.close(error)
             if not stream.opened and not stream.closed:
                 stream.reject(error.status)
+        except BaseException:
+            if entry is not None and not stream.opened:
+                entry.close(ConnectFailed("the handler failed before it answered"))
+            raise
+
+    async def _decide_and_hand_over(
+        self, mesh: Membership, workload: Workload, stream: HboneStream, entry: Entry, facts: Connection
+    ) -> None:
+        live = _Live(stream, facts, entry)
+        self._live[live] = None  # before the decision, so that no change slips in between
+        try:
+            decision = decide(mesh.store, workload, facts)
+            self._books.log.decision(decision)
+            if not decision.allowed:
+                raise decision.error()
+            port = facts.destination[1]
+            handler = self._handlers.get(port)
+            if handler is None:
+                raise ConnectFailed(f"nobody listens on port {port}")
+            entry.follow(stream)
+            stream.accept(response_headers(baggage_of(workload)) if self.config.response_baggage else ())
+            await handler(stream)
+        except trio.ClosedResourceError:
+            if not live.cut:
+                raise
+        finally:
+            self._live.pop(live, None)
 
     def _recheck(self, change: Change) -> None:
         if not (change.policies or change.workloads) or self._mesh is None:
@@ -428,9 +483,10 @@ class Ztunnel:
         for live in list(self._live):
             if workload is None or decide(self._mesh.store, workload, live.facts).allowed:
                 continue
-            log.warning("connection closed", **{"src.identity": str(live.stream.peer)}, error=str(PolicyChanged()))
             self._live.pop(live, None)
             live.cut = True
+            live.entry.error = PolicyChanged()
+            self.metrics.policy_closed()
             if live.stream.opened:
                 live.stream.reset(ErrorCode.CONNECT_ERROR)  # CANCEL would look like an orderly end to the peer
             elif not live.stream.closed:
@@ -445,6 +501,17 @@ async def _nursery() -> AsyncIterator[trio.Nursery]:
             yield nursery
         finally:
             nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def _closing_on_error(entry: Entry | Callable[[], Entry]) -> Iterator[None]:
+    """Write the line of a connection that does not come up."""
+    try:
+        yield
+    except BaseException as error:
+        made = entry if isinstance(entry, Entry) else entry()
+        made.close(error if isinstance(error, DataplaneError) else ConnectFailed("given up"))
+        raise
 
 
 def _ends(stream: HboneStream) -> tuple[Address, Address]:

@@ -213,6 +213,8 @@ class Metrics:
         self._dns_forwarded: dict[tuple[str, ...], _Forwarding] = {}
         self._values: dict[str, tuple[str, str, Callable[[], float]]] = {}
         self._elsewhere: list[Callable[[], Counts]] = []
+        self.before_reading: list[Callable[[], object]] = []
+        """Called first, to bring counters up to date."""
 
     # Counting
 
@@ -385,6 +387,8 @@ class Metrics:
         return content_type, "\n".join(lines).encode()
 
     def _families(self) -> Iterator[Family]:
+        for call in self.before_reading:
+            call()
         build = Family("istio_build", "Istio component build info", "gauge")
         build.add_sample("istio_build", {"component": "ztunnel", "tag": self._version}, 1)
         yield build

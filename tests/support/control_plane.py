@@ -53,6 +53,16 @@ class Authority:
     def root_pem(self) -> str:
         return self.root.public_bytes(serialization.Encoding.PEM).decode()
 
+    def crl(self, *serials: int, at: float) -> x509.CertificateRevocationList:
+        """A list that names certificates by their serial numbers."""
+        now = datetime.datetime.fromtimestamp(at, datetime.UTC)
+        builder = x509.CertificateRevocationListBuilder().issuer_name(self.root.subject)
+        builder = builder.last_update(now).next_update(now + datetime.timedelta(days=1))
+        for serial in serials:
+            revoked = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+            builder = builder.add_revoked_certificate(revoked)
+        return builder.sign(self.key, hashes.SHA256())
+
     def leaf(self, public_key: ec.EllipticCurvePublicKey, uris: Iterable[str], *, lifetime: float, at: float) -> str:
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in uris])
         return (

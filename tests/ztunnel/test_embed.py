@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
@@ -13,16 +13,24 @@ from tests.support.gateway import Gateway
 
 import ztunnel
 from hbone.errors import ConfigurationError, ErrorCode
-from hbone.identity import SpiffeId
+from hbone.identity import RevocationLists, SpiffeId
 from hbone.trio import HboneStream
 from ztunnel.control.ca import CaClient
+from ztunnel.control.revocation import REVOCATION_TYPE, pack_lists
 from ztunnel.control.transport import ControlPlaneError
-from ztunnel.errors import ConnectFailed, IdentityUnavailable, TlsFailed, TunnelRejected, UnknownLocalWorkload
+from ztunnel.errors import (
+    ConnectFailed,
+    IdentityUnavailable,
+    PeerRevoked,
+    TlsFailed,
+    TunnelRejected,
+    UnknownLocalWorkload,
+)
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from ztunnel.wire import authorization_pb2, workload_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Mapping
 
 # Loopback addresses of this file alone: peers are dialled on 15008.
 ALPHA, BETA = "127.91.7.1", "127.91.7.2"
@@ -117,6 +125,7 @@ async def side(
     policies: tuple[Resource, ...] = (),
     control: ScriptedControlPlane | None = None,
     network: str = "",
+    on_connection: Callable[[Mapping[str, Any]], object] | None = None,
 ) -> AsyncIterator[Side]:
     ca = control or ScriptedControlPlane(time.time)
     if control is None:
@@ -128,7 +137,10 @@ async def side(
         ZTUNNEL_HBONE_PORT="15008",
         NETWORK=network,
     )
-    async with ztunnel.Ztunnel(config, xds=xds.dial, authority=CaClient(ca.dial, lifetime=3600)) as mesh:
+    made = ztunnel.Ztunnel(
+        config, on_connection=on_connection, xds=xds.dial, authority=CaClient(ca.dial, lifetime=3600)
+    )
+    async with made as mesh:
         stream = await xds.next_stream()
         await stream.opening()
         stream.respond(AUTHORIZATION_TYPE, policies)
@@ -182,8 +194,10 @@ async def test_workload_that_takes_no_tunnels_is_reached_by_plain_tcp(nursery: t
     port = listeners[0].socket.getsockname()[1]
     async with side("alpha", ALPHA, resources=(*MESH, described("old", "127.91.7.9", tunnels=False))) as alpha:
         stream = await alpha.mesh.connect("127.91.7.9", port)
-        assert isinstance(stream, trio.SocketStream)
+        assert not isinstance(stream, HboneStream)
         assert await talk(stream) == b"hello"
+        assert samples(alpha)["istio_tcp_connections_closed_total", "unknown"] == 1
+        assert samples(alpha)["istio_tcp_sent_bytes_total", "unknown"] == 5
     nursery.cancel_scope.cancel()
 
 
@@ -283,6 +297,112 @@ async def test_nothing_listens_before_it_is_asked_for() -> None:
         assert alpha.mesh.tunnel_address is None
         with pytest.raises(OSError, match="15008"):
             await trio.open_tcp_stream(ALPHA, 15008)
+
+
+def samples(side: Side) -> dict[tuple[str, str], float]:
+    """Values of the program's metrics, by name and security policy or reporter."""
+    return {
+        (sample.name, sample.labels.get("connection_security_policy", sample.labels.get("reporter", ""))): sample.value
+        for family in side.mesh.metrics.collect()
+        for sample in family.samples
+    }
+
+
+async def test_every_connection_is_told_and_counted_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    told: dict[str, list[Mapping[str, Any]]] = {"alpha": [], "beta": []}
+
+    def broken(fields: Mapping[str, Any]) -> None:
+        told["beta"].append(fields)
+        raise KeyError("mine")
+
+    caplog.set_level("INFO", "access")
+    async with (
+        side("alpha", ALPHA, on_connection=told["alpha"].append) as alpha,
+        side("beta", BETA, on_connection=broken) as beta,
+    ):
+        await beta.mesh.listen(7000, echo)
+        stream = await alpha.mesh.connect("beta.shop.internal", 7000)
+        await stream.send_all(b"hello")
+        assert await stream.receive_some() == b"hello"
+        mutual = "mutual_tls"
+        for each in (alpha, beta):  # live ones count, too
+            assert samples(each)["istio_tcp_connections_opened_total", mutual] == 1
+            assert samples(each)["istio_tcp_received_bytes_total", mutual] == 5
+            assert ("istio_tcp_connections_closed_total", mutual) not in samples(each)
+        await stream.send_eof()
+        assert await stream.receive_some() == b""
+        await stream.aclose()
+        with pytest.raises(TunnelRejected):
+            await alpha.mesh.connect(BETA, 7001)
+        with trio.fail_after(10):
+            while len(told["beta"]) < 2:
+                await trio.sleep(0.01)
+        for name, each, sent in (("alpha", alpha, "bytes_sent"), ("beta", beta, "bytes_recv")):
+            well, badly = told[name]
+            assert (well[sent], "error" in well, well["direction"]) == (
+                5,
+                False,
+                "outbound" if name == "alpha" else "inbound",
+            )
+            assert well["src.identity"] == "spiffe://cluster.local/ns/shop/sa/alpha"
+            assert well["dst.identity"] == "spiffe://cluster.local/ns/shop/sa/beta"
+            assert well["duration"].endswith("ms")
+            assert "503" in badly["error"] or "nobody listens" in badly["error"]
+            assert samples(each)["istio_tcp_connections_closed_total", mutual] >= 1
+            assert b"istio_tcp_connections_failed_total" in each.mesh.metrics.exposition()[1]
+        lines = [record.getMessage() for record in caplog.records if record.name == "access"]
+        assert sum("connection complete" in line for line in lines) == 4
+
+
+async def test_change_of_policy_has_its_name_in_the_log() -> None:
+    told: list[Mapping[str, Any]] = []
+    async with side("alpha", ALPHA) as alpha, side("beta", BETA, on_connection=told.append) as beta:
+        await beta.mesh.listen(7000, echo)
+        stream = await alpha.mesh.connect(BETA, 7000)
+        await stream.send_all(b"x")
+        assert await stream.receive_some() == b"x"
+        await beta.push(AUTHORIZATION_TYPE, deny("alpha"))
+        with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        assert [line["error"] for line in told] == ["connection closed due to policy change"]
+
+
+@pytest.mark.parametrize("informed", ["alpha", "beta"])
+async def test_certificate_that_was_taken_back_ends_live_tunnels_and_makes_no_new_one(informed: str) -> None:
+    """Whichever side hears of it, about the other's."""
+    told: list[Mapping[str, Any]] = []
+    async with (
+        side("alpha", ALPHA, on_connection=told.append) as alpha,
+        side("beta", BETA, on_connection=told.append) as beta,
+    ):
+        await beta.mesh.listen(7000, echo)
+        stream = await alpha.mesh.connect(BETA, 7000)
+        await stream.send_all(b"x")
+        assert await stream.receive_some() == b"x"
+        knows, other = (alpha, beta) if informed == "alpha" else (beta, alpha)
+        lists = RevocationLists([CA.crl(serial(other), at=time.time())])
+        await knows.push(REVOCATION_TYPE, ("mesh", "1", pack_lists(lists)))
+        with trio.fail_after(10):
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+            if informed == "alpha":
+                with pytest.raises(PeerRevoked, match="revoked by"):
+                    await alpha.mesh.connect(BETA, 7000)
+            else:
+                with pytest.raises((TlsFailed, ConnectFailed)):
+                    await alpha.mesh.connect(BETA, 7000)
+            reporter = "source" if informed == "alpha" else "destination"
+            while samples(knows).get(("istio_crl_policy_rejections_total", reporter)) != 2:
+                await trio.sleep(0.01)
+        await stream.aclose()
+        assert "connection closed: peer certificate revoked by CRL" in [line.get("error") for line in told]
+
+
+def serial(side: Side) -> int:
+    assert side.mesh._mesh is not None
+    identity = side.mesh._mesh.svids.current()
+    assert identity is not None
+    return identity.svid.leaf.serial_number
 
 
 async def test_bad_ports_and_destinations_are_told() -> None:
