@@ -10,7 +10,7 @@
 
 _shtab_ztunnel_commands() {
   local _commands=(
-    enroll:'Present a one-time token to the control plane and keep the certificate it gives. The token leaves this host only after the server'"'"'s chain was found to end in the root that the token names.'
+    enroll:'Present a one-time token to the control plane and keep the certificate it gives. The token leaves this host only after the server'"'"'s chain was found to end in the root that the token names. SECRET_TTL, PACKET_MARK, ZTUNNEL_BIND_ADDRESS and ZTUNNEL_STATE_DIR count as for run.'
     explain:'Every step of the decision: service, endpoint, tunnel or plaintext, expected peer, policy. Exit code 1 when the connection would be refused.'
     proxy:'Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once. With --take-over it gets the sockets of the one that runs on the same state directory as soon as it is ready itself, so that no connection is refused; that one serves what it has, drains and ends.'
     run:'Run the proxy. SIGTERM or SIGINT drains it, a second SIGINT ends it at once. With --take-over it gets the sockets of the one that runs on the same state directory as soon as it is ready itself, so that no connection is refused; that one serves what it has, drains and ends.'

@@ -104,7 +104,8 @@ def _parser() -> Parser:
         "enroll",
         help="turn a one-time token into this host's certificate",
         description="Present a one-time token to the control plane and keep the certificate it gives. The token leaves"
-        " this host only after the server's chain was found to end in the root that the token names.",
+        " this host only after the server's chain was found to end in the root that the token names. SECRET_TTL,"
+        " PACKET_MARK, ZTUNNEL_BIND_ADDRESS and ZTUNNEL_STATE_DIR count as for run.",
         epilog="example:\n  ztunnel enroll --server 10.0.0.1 --token-file token.txt",
     )
     enrol.add_argument("--server", required=True, metavar="HOST[:15012]", help="the control plane")
@@ -344,7 +345,7 @@ def _enroll(arguments: argparse.Namespace) -> int:
     config = Config.from_env(os.environ)
     state = StateDir.open(config.state_dir or DEFAULT_STATE_DIR)
     try:
-        identity, offset = trio.run(_enroll_now, address, token, state, name)
+        identity, offset = trio.run(_enroll_now, address, token, state, name, config)
     finally:
         state.release()
     expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(identity.svid.expires_at.timestamp()))
@@ -354,8 +355,16 @@ def _enroll(arguments: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-async def _enroll_now(address: ServerAddress, token: Any, state: StateDir, name: str) -> Any:
-    return await enroll(address, token, state, name=name)
+async def _enroll_now(address: ServerAddress, token: Any, state: StateDir, name: str, config: Config) -> Any:
+    return await enroll(
+        address,
+        token,
+        state,
+        name=name,
+        lifetime=config.secret_ttl,
+        mark=config.packet_mark,
+        source=config.bind_address,
+    )
 
 
 def _start_hint(config: Config) -> str:

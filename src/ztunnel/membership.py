@@ -150,10 +150,17 @@ class Membership:
             server = str(ServerAddress.parse(address, variable="CA_ADDRESS"))
         except ConfigurationError:
             return REMEDY  # told elsewhere
+        # What the daemon was told of this host counts for the command too: captured, it would not get out unmarked.
+        given = {
+            "ZTUNNEL_STATE_DIR": self.config.state_dir,
+            "PACKET_MARK": self.config.packet_mark,
+            "ZTUNNEL_BIND_ADDRESS": self.config.bind_address,
+        }
+        settings = "".join(f"{name}={value} " for name, value in given.items() if value is not None)
         return (
             f"on the control plane run 'miniistiod token create --state STATE --namespace {served.namespace}"
             f" --service-account {served.service_account} --name {served.name}', then here, with ztunnel stopped,"
-            f" 'ztunnel enroll --server {server} --token-file FILE' (or set AUTH_TOKEN), and start it again"
+            f" '{settings}ztunnel enroll --server {server} --token-file FILE' (or set AUTH_TOKEN), and start it again"
         )
 
     def _discovery(self, token: TokenSource | None, metrics: DiscoveryMetrics, xds: Dial | None) -> DiscoveryClient:

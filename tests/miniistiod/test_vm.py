@@ -99,7 +99,8 @@ async def test_from_token_to_long_sleep_and_back(tmp_path: Path) -> None:
             await until(lambda: (mesh.discovery.status().last_error or "").startswith("UNAUTHENTICATED"))
             told = mesh.discovery.status().last_error or ""
             assert "--namespace shop --service-account carts --name vm-1'" in told
-            assert f"'ztunnel enroll --server localhost:{cp.port} --token-file FILE'" in told
+            command = f"ztunnel enroll --server localhost:{cp.port} --token-file FILE"
+            assert f"'ZTUNNEL_STATE_DIR={state} {command}'" in told
             await until(lambda: mesh.svids.status().last_error is not None)
             assert "miniistiod token create" in (mesh.svids.status().last_error or "")
             assert workload(cp) is None

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hbone.identity import Identity
     from ztunnel.control.cache import StateDir
     from ztunnel.control.transport import Dial, ServerAddress
+    from ztunnel.mesh import IpAddress
     from ztunnel.wire.token import EnrolmentToken
 
 __all__ = ["Enrolment", "enroll", "fetch_chain", "load_enrolment", "pinned_root", "settings"]
@@ -115,13 +116,20 @@ def settings(environ: Mapping[str, str]) -> Config:
     return Config.from_env({**enrolment.environment(), **environ})
 
 
-async def fetch_chain(address: ServerAddress) -> list[x509.Certificate]:
+async def fetch_chain(
+    address: ServerAddress, *, mark: int | None = None, source: IpAddress | None = None
+) -> list[x509.Certificate]:
     """Do a TLS handshake that trusts nobody, and return the certificates that the server sent. Nothing else is sent.
+
+    Args:
+        address: The server.
+        mark: SO_MARK, so that the host's capture rules let the connection pass.
+        source: The address to connect from.
 
     Raises:
         Unreachable: the server cannot be reached, or completes no TLS 1.3 handshake within five seconds.
     """
-    async with await open_stream(address) as stream:
+    async with await open_stream(address, mark=mark, source=source) as stream:
         return await _shake_hands(stream, address.host)
 
 
@@ -188,7 +196,10 @@ async def enroll(
     state: StateDir,
     *,
     name: str,
-    look: Callable[[ServerAddress], Awaitable[list[x509.Certificate]]] = fetch_chain,
+    lifetime: float = LIFETIME,
+    mark: int | None = None,
+    source: IpAddress | None = None,
+    look: Callable[[ServerAddress], Awaitable[list[x509.Certificate]]] | None = None,
     dial: Callable[[x509.Certificate], Dial] | None = None,
     wall: Callable[[], float] = time.time,
 ) -> tuple[Identity, float]:
@@ -199,6 +210,9 @@ async def enroll(
         token: The one-time token.
         state: Where key, certificate, roots and the enrolment are kept.
         name: Name of this host's workload.
+        lifetime: Wanted lifetime of the certificate, in seconds.
+        mark: SO_MARK of both connections: a host that enrols again has its capture rules in force.
+        source: The address to connect from.
         look: Another way to the chain that the server sends, for tests.
         dial: Another way to the CA once its root is known, for tests.
         wall: Wall clock, seconds since 1970.
@@ -211,10 +225,11 @@ async def enroll(
         Unreachable: the server cannot be reached.
         ConfigurationError: the certificate cannot be kept.
     """
-    root = pinned_root(await look(address), token.root_sha256, str(address))
+    chain = await (fetch_chain(address, mark=mark, source=source) if look is None else look(address))
+    root = pinned_root(chain, token.root_sha256, str(address))
     ca = CaClient(
-        dial(root) if dial is not None else grpc_dialer(address, RootSource.of(root)),
-        lifetime=LIFETIME,
+        dial(root) if dial is not None else grpc_dialer(address, RootSource.of(root), mark=mark, source=source),
+        lifetime=lifetime,
         token=TokenSource(value=token.secret),
     )
     spiffe_id = SpiffeId.parse(token.spiffe_id)

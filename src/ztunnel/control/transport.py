@@ -448,6 +448,8 @@ def refusal(error: GrpcError, introduced: bool, remedy: str = REMEDY) -> str:
     text = f"{error.code.name}: {error.message or 'no reason given'}"
     if error.code is StatusCode.UNAUTHENTICATED and not introduced:
         text += f"; this host has neither a token nor a valid certificate: {remedy}"
+    elif error.code is StatusCode.INVALID_ARGUMENT and "max allowed TTL" in error.message:  # the words of Istio's CA
+        text += "; set SECRET_TTL to no more than that"
     return text
 
 
