@@ -58,6 +58,8 @@ MAX_NACK = 16 * 1024
 """Characters of one rejection's message."""
 MAX_WAITING = 64 * 1024 * 1024
 """Bytes of responses that are being applied, above which no further one is read."""
+SETTLE_STEP = 0.05
+"""Seconds between two looks whether a large push was worked in."""
 NAMES_AT_ONCE = 100
 """Names and versions that a request is put together from at a time."""
 
@@ -192,6 +194,7 @@ class DiscoveryClient:
         self._stale_since: float | None = None
         self._last_error: str | None = None
         self._rejected = 0
+        self._settling = False
         self.ready = trio.Event()
         """Set once both types have been accepted without a rejection."""
 
@@ -222,13 +225,19 @@ class DiscoveryClient:
 
     async def snapshot(self) -> list[bytes]:
         """What is in force, to be kept on disk, in pieces; made in slices, from the state at one moment."""
+        while self._settling and self._store.unsettled:  # noqa: ASYNC110 - it may begin anew in between
+            await trio.sleep(SETTLE_STEP)
         work = self._store.snapshot_in_slices(self._versions[ADDRESS_TYPE], self._versions[AUTHORIZATION_TYPE])
+        copied = False
         while True:
             try:
                 next(work)
             except StopIteration as done:
                 pieces: list[bytes] = done.value
                 return pieces
+            if not copied:
+                copied = True
+                self._pace.pass_over(len(self._versions[ADDRESS_TYPE]))
             await trio.lowlevel.checkpoint()
 
     def restore(self, data: bytes, saved_at: float) -> None:
@@ -254,7 +263,11 @@ class DiscoveryClient:
         """Keep a stream open until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(settle, self._store, self._pace)
-            await self._keep_open()
+            self._settling = True
+            try:
+                await self._keep_open()
+            finally:
+                self._settling = False
 
     async def _keep_open(self) -> None:
         backoff = BACKOFF_FIRST
@@ -319,9 +332,12 @@ class DiscoveryClient:
         request = discovery_pb2.DeltaDiscoveryRequest(node=self._node, type_url=url)
         # Serialized messages may be joined: the entries of their maps add up.
         pieces = [request.SerializeToString()]
-        held = iter(list(self._versions[url].items()))
-        while some := dict(itertools.islice(held, NAMES_AT_ONCE)):
-            request = discovery_pb2.DeltaDiscoveryRequest(initial_resource_versions=some)
+        versions = self._versions[url]  # nobody changes it before there is a stream
+        names = iter(versions)
+        while some := list(itertools.islice(names, NAMES_AT_ONCE)):
+            request = discovery_pb2.DeltaDiscoveryRequest(
+                initial_resource_versions={name: versions[name] for name in some}
+            )
             pieces.append(request.SerializeToString())
             await trio.lowlevel.checkpoint()
         return b"".join(pieces)

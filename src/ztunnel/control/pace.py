@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Pace", "QuietCollector", "Slices", "settle"]
 
-SECONDS = 0.0005
-"""Of work between two turns of the reactor."""
+SECONDS = 0.00015
+"""Of work between two turns of the reactor. A round trip through two proxies may meet it four times."""
 ITEMS = 64
 """Of work between two turns, at most, however quick they are."""
-LOOK = 8
-"""Items between two looks at the clock."""
 ASIDE = 1000
 """Resources that came since objects were last set aside, for it to be done again."""
 NEVER = 1 << 30
@@ -42,6 +40,7 @@ class QuietCollector:
     def __init__(self) -> None:
         self._depth = 0
         self._came = 0
+        self._rested = 0
         self._thresholds = gc.get_threshold()
 
     @contextlib.contextmanager
@@ -65,6 +64,18 @@ class QuietCollector:
         """What is here now stays. It is freed when nobody refers to it, but no longer searched for cycles."""
         self._came = 0
         gc.collect(1)  # what is young and in a cycle may still go
+        gc.freeze()
+
+    def rested(self, items: int) -> None:
+        """So many items of a push are done: keep the middle generation small, too."""
+        if self._depth:
+            self._rested += items
+            if self._rested >= ASIDE:
+                self._rested = 0
+                self.pass_over()
+
+    def pass_over(self) -> None:
+        """Something large was made that is not to be walked, however young it is."""
         gc.freeze()
 
 
@@ -103,6 +114,18 @@ class Pace:
         """See `QuietCollector.quiet`."""
         return self._collector.quiet(resources) if self._collector is not None else contextlib.nullcontext()
 
+    def rested(self, items: int) -> None:
+        """A slice of so many items is done."""
+        self.slices += 1
+        self.longest = max(self.longest, items)
+        if self._collector is not None:
+            self._collector.rested(items)
+
+    def pass_over(self, size: int) -> None:
+        """Something with so many entries was made; see `QuietCollector.pass_over`."""
+        if self._collector is not None and size >= ASIDE:
+            self._collector.pass_over()
+
     def set_aside(self) -> None:
         """See `QuietCollector.set_aside`."""
         if self._collector is not None:
@@ -123,13 +146,12 @@ class Slices:
         """An item is done; whether that is enough."""
         self._count += 1
         count, pace = self._count, self._pace
-        return count >= pace.items or (count % LOOK == 0 and pace.clock() >= self._end)
+        return count >= pace.items or pace.clock() >= self._end
 
     async def rest(self) -> None:
         """Let others run."""
         pace = self._pace
-        pace.slices += 1
-        pace.longest = max(pace.longest, self._count)
+        pace.rested(self._count)
         await trio.lowlevel.checkpoint()
         self._count = 0
         self._end = pace.clock() + pace.seconds
@@ -147,10 +169,12 @@ async def settle(store: Store, pace: Pace) -> None:
     unsubscribe = store.subscribe(wake)
     try:
         while True:
-            slices = pace.begin()
-            while store.settle(1):
-                if slices.due():
-                    await slices.rest()
+            if store.unsettled:
+                slices = pace.begin()
+                with pace.quiet(0):
+                    while store.settle(1):
+                        if slices.due():
+                            await slices.rest()
             await changed.wait()
     finally:
         unsubscribe()

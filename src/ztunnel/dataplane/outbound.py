@@ -430,6 +430,7 @@ class OutboundConnection(AppConnection):
             self.relay.closed = True
         self.plane.reactor.close(self._sock)
         self._over(error)
+        self.relay = None  # it refers to us, and was never started
 
     def abort(self, error: DataplaneError) -> None:
         """Cut it."""

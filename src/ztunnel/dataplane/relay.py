@@ -78,6 +78,36 @@ class Owner(Protocol):
         """The socket is closed, or will be when the turn ends; told once."""
 
 
+class _Nobody:
+    """Whose a closed relay is, and what is at its far end: it refers to neither, so that each goes with its last user.
+
+    Left to the garbage collector, connections would stay until it comes by, and those that are there when it sets
+    objects aside would stay for ever.
+    """
+
+    def relay_ended(self, relay: Relay, error: DataplaneError | None) -> None:
+        """It was told before."""
+
+    def room(self) -> int:
+        """None."""
+        return 0
+
+    def take(self, nbytes: int) -> None:
+        """Nothing is read any more."""
+
+    def end(self) -> None:
+        """It ended."""
+
+    def reset(self, code: ErrorCode) -> None:
+        """It ended."""
+
+    def credit(self, nbytes: int) -> None:
+        """Nothing is written any more."""
+
+
+_NOBODY: Final = _Nobody()
+
+
 class Relay:
     """The socket side of one app connection.
 
@@ -310,7 +340,9 @@ class Relay:
         if reset:
             self._calls.reset_on_close(self.sock)
         self._reactor.close(self.sock)
-        self._owner.relay_ended(self, error)
+        owner = self._owner
+        self._owner = self._far = _NOBODY
+        owner.relay_ended(self, error)
 
     # As the far end of another relay
 

@@ -82,6 +82,10 @@ class StreamEnd:
         self._out = engine.out
         self._send_from = tunnel.endpoint.send_from
 
+    def let_go(self) -> None:
+        """It is over: refer to nobody, so that they go without the garbage collector."""
+        self.user = self.relay = None
+
     # The far end of a relay
 
     def room(self) -> int:
@@ -111,6 +115,7 @@ class StreamEnd:
             self.tunnel.mark_dirty()
             if self.ended:
                 self.tunnel.forget(self)
+                self.let_go()
 
     def reset(self, code: ErrorCode) -> None:
         """RST_STREAM."""
@@ -118,6 +123,7 @@ class StreamEnd:
             self._engine.reset(self.stream_id, code)
             self.tunnel.mark_dirty()
             self.tunnel.forget(self)
+            self.let_go()
 
     def credit(self, nbytes: int) -> None:
         """The app took bytes that were kept."""
@@ -141,3 +147,4 @@ class StreamEnd:
             self._engine.reject(self.stream_id, status)
             self.tunnel.mark_dirty()
             self.tunnel.forget(self)
+            self.let_go()

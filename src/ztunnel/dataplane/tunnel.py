@@ -429,12 +429,14 @@ class Tunnel:
                     self.forget(end)
                     if end.user is not None:
                         end.user.stream_reset(event.code, processed=event.processed)
+                    end.let_go()
             elif isinstance(event, ConnectRefused):
                 end = streams.get(event.stream_id)
                 if end is not None:
                     self.forget(end)
                     if end.user is not None:
                         end.user.stream_refused(event.status)
+                    end.let_go()
             else:
                 self._connection_event(event)
             if self.closed:
@@ -467,6 +469,8 @@ class Tunnel:
             self.forget(end)
         if end.relay is not None:
             end.relay.finish()
+        if end.closed:
+            end.let_go()
 
     # The end
 
@@ -494,4 +498,5 @@ class Tunnel:
             end.closed = True
             if end.user is not None:
                 end.user.stream_lost(reason)
+            end.let_go()
         self._owner.tunnel_lost(self, error)

@@ -29,6 +29,9 @@ __all__ = ["Change", "Store", "resolve_reference"]
 _MEMO_LIMIT = 4096
 """Entries of the memo of choices; above it is emptied, as an attacker could name many destinations."""
 
+_CLEARED = 16
+"""Entries that are let go in the time that a resource takes to be worked in."""
+
 
 class Store:
     """The mesh as this node knows it. Not for several threads."""
@@ -165,7 +168,7 @@ class Store:
                     break
                 layer.work_in()
         elif self._rubbish is not None:
-            for _ in range(count):
+            for _ in range(_CLEARED * count):
                 if next(self._rubbish, self) is self:
                     self._rubbish = None
                     break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from sys import intern
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ class Workload:
     """As the control plane sent it; empty when it came from the local file."""
 
     def __attrs_post_init__(self) -> None:
-        identity = SpiffeId.istio(self.trust_domain, self.namespace, self.service_account)
+        identity = _identity(self.trust_domain, self.namespace, self.service_account)
         object.__setattr__(self, "identity", identity)
 
     def __hash__(self) -> int:
@@ -123,18 +124,34 @@ def _addresses_that_read(network: str, addresses: Iterable[bytes]) -> Iterable[t
             continue
 
 
-def ports_from_wire(ports: Iterable[workload_pb2.Port], what: str) -> dict[int, int]:
+def ports_from_wire(ports: Iterable[workload_pb2.Port], what: str) -> Mapping[int, int]:
     """Service port -> target port; of duplicates the last wins.
 
     Raises:
         ValueError: a port over 65535.
     """
+    return _port_map(tuple([(port.service_port, port.target_port) for port in ports]), what)
+
+
+# Many workloads have these in common, so they are made once. Nobody changes them.
+
+
+@functools.lru_cache(4096)
+def _port_map(ports: tuple[tuple[int, int], ...], what: str) -> dict[int, int]:
     return {
-        port_from_wire(port.service_port, f"{what}: service port"): port_from_wire(
-            port.target_port, f"{what}: target port"
-        )
-        for port in ports
+        port_from_wire(port, f"{what}: service port"): port_from_wire(target, f"{what}: target port")
+        for port, target in ports
     }
+
+
+@functools.lru_cache(4096)
+def _identity(trust_domain: str, namespace: str, service_account: str) -> SpiffeId:
+    return SpiffeId.istio(trust_domain, namespace, service_account)
+
+
+@functools.lru_cache(256)
+def _locality(region: str, zone: str, subzone: str) -> Locality:
+    return Locality(intern(region), intern(zone), intern(subzone))
 
 
 def _read(message: workload_pb2.Workload, wire: bytes) -> Workload:
@@ -150,7 +167,7 @@ def _read(message: workload_pb2.Workload, wire: bytes) -> Workload:
     for key, ports in message.services.items():
         if "/" not in key:
             raise ValueError(f"service {key!r} is not of the form namespace/hostname")
-        services[intern(key)] = ports_from_wire(ports.ports, f"service {key}")
+        services[intern(key)] = ports_from_wire(ports.ports, "services")
     tunnel = None
     if message.HasField("application_tunnel"):
         if message.application_tunnel.protocol not in {0, 1}:
@@ -187,7 +204,7 @@ def _read(message: workload_pb2.Workload, wire: bytes) -> Workload:
         authorization_policies=tuple(map(intern, message.authorization_policies)),
         healthy=_STATUS[message.status],
         cluster_id=intern(message.cluster_id or "Kubernetes"),
-        locality=Locality(intern(locality.region), intern(locality.zone), intern(locality.subzone)),
+        locality=_locality(locality.region, locality.zone, locality.subzone),
         host_network=_MODES[message.network_mode],
         capacity=message.capacity.value if message.HasField("capacity") else 1,
         wire=wire,
