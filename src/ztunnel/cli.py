@@ -234,80 +234,14 @@ def _status(arguments: argparse.Namespace) -> int:
     if code != 200 or not isinstance(found, dict):
         raise CommandError(f"the daemon answered {code}: {found}", ExitCode.UNREACHABLE)
     from ztunnel import reach
+    from ztunnel.statustext import status_lines
 
     found["reach"] = reach.look(found)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        print("\n".join(_status_lines(found)))
+        print("\n".join(status_lines(found, time.time())))
     return ExitCode.DONE
-
-
-def _status_lines(found: dict[str, Any]) -> list[str]:
-    from ztunnel import reach
-
-    rows: list[tuple[str, str]] = [
-        ("workload", f"{found['workload']} ({found['state']}, pid {found['pid']}, ztunnel {found['version']})")
-    ]
-    for identity in found["identities"]:
-        text = f"{identity['identity']}, {identity['state']}"
-        if identity["expires"]:
-            text += f", expires {identity['expires']}, renewed in {identity['renewsInSeconds']:.0f} s"
-        rows.append(("identity", text + (f"; last error: {identity['error']}" if identity["error"] else "")))
-    ends = [(found[key], what) for key, what in (("rootsExpire", "roots"), ("tokenExpires", "token")) if found[key]]
-    if ends:
-        rows.append(("", ", ".join(f"{what} until {when}" for when, what in ends)))
-    if not found["identities"]:
-        rows.append(("identity", "none yet: the control plane has not described this workload"))
-    plane = found["controlPlane"]
-    if plane is None:
-        rows.append(("control plane", "none; the mesh is from the local file"))
-    else:
-        since = plane["connectedSince"] if plane["connected"] else plane["staleSince"]
-        text = "connected" if plane["connected"] else "away"
-        text = f"{plane['address']} {text}" + (f" since {since}" if since else "")
-        if plane["staleSince"] and plane["connected"]:
-            text += f"; the mesh is as of {plane['staleSince']}"
-        if plane["rejected"]:
-            text += f"; {plane['rejected']} resources rejected"
-        rows.append(("control plane", text + (f"; {plane['error']}" if plane["error"] else "")))
-    mesh = found["mesh"]
-    rows.append(("mesh", f"{mesh['workloads']} workloads, {mesh['services']} services, {mesh['policies']} policies"))
-    if not mesh["knowsWorkload"]:
-        rows.append(("", "this workload is not in it: its connections are refused"))
-    rows.append(("revocation", _revocation_text(found["revocation"])))
-    tunnels = found["tunnels"]
-    streams = sum(tunnel["streams"] for tunnel in tunnels)
-    outbound = sum(tunnel["direction"] == "outbound" for tunnel in tunnels)
-    rows.append(("tunnels", f"{outbound} outbound, {len(tunnels) - outbound} inbound, {streams} streams on them"))
-    connections = found["connections"]
-    rows.append(("connections", f"{connections['outbound']} outbound, {connections['inbound']} inbound"))
-    workers = found.get("workers")
-    if workers:
-        rows.append(("workers", _workers_text(workers)))
-    rows.append(("listening", ", ".join(f"{name} {where}" for name, where in sorted(found["listeners"].items()))))
-    rows.append(("captured", reach.capture_text(found["reach"])))
-    rows.append(("past the mesh", reach.exposed_text(found["reach"])))
-    return [f"{name:14} {text}" for name, text in rows]
-
-
-def _revocation_text(revocation: dict[str, Any]) -> str:
-    text = "no lists"
-    if revocation["lists"]:
-        text = f"{revocation['lists']} lists of {revocation['certificates']} certificates, as of {revocation['asOf']}"
-        if revocation["overdue"]:
-            text += f", due for replacement since {revocation['nextUpdate']} and still in force"
-        elif revocation["nextUpdate"]:
-            text += f", next due {revocation['nextUpdate']}"
-    return text + (f"; {revocation['file']} is not read: {revocation['error']}" if revocation["error"] else "")
-
-
-def _workers_text(workers: list[dict[str, Any]]) -> str:
-    serving = sum(worker["state"] == "serving" for worker in workers)
-    pids = ", ".join(str(worker["pid"] or "-") for worker in workers)
-    restarts = sum(worker["restarts"] for worker in workers)
-    text = f"{serving} of {len(workers)} serving (pid {pids})"
-    return text + (f"; {restarts} replaced since the start" if restarts else "")
 
 
 def _explain(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ def timestamp(seconds: float | None) -> str | None:
 def status(mesh: Membership) -> dict[str, Any]:
     """Identity, control plane and mesh, for `ztunnel status`."""
     svid = mesh.svids.status()
+    own = mesh.own_workload()
     found: dict[str, Any] = {
         "workload": str(mesh.served),
         "identities": [],
@@ -28,7 +29,8 @@ def status(mesh: Membership) -> dict[str, Any]:
             "workloads": len(mesh.store.workloads),
             "services": len(mesh.store.services),
             "policies": len(mesh.store.policies),
-            "knowsWorkload": mesh.own_workload() is not None,
+            "rulingPolicies": len(mesh.store.policies_for(own).policies) if own is not None else None,
+            "knowsWorkload": own is not None,
         },
         "revocation": _revocation(mesh),
         "rootsExpire": timestamp(_roots_expire(mesh)),

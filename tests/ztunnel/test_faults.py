@@ -16,9 +16,8 @@ import trio
 from tests.support.control_plane import Authority, ScriptedControlPlane
 from tests.support.daemon import Running, running, settings, workload
 from tests.support.faults import FAULTS, Plane, faulty, lost
-from tests.support.standing import REACH, line
+from tests.support.standing import line, printed
 
-from ztunnel.cli import _status_lines
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ async def complaint(ztunnel: Running, of_plane: str, of_ca: str) -> list[str]:
     lines = []
     with trio.move_on_after(BOUND):
         while True:
-            lines = _status_lines(await ztunnel.status() | {"reach": REACH})
+            lines = printed(await ztunnel.status())
             if of_plane in line(lines, "control plane") and of_ca in line(lines, "identity"):
                 break
             await trio.sleep(0.02)
@@ -187,7 +186,7 @@ async def test_traffic_ends_with_the_certificate_and_status_says_so(tmp_path: Pa
         identity = ""
         with trio.fail_after(BOUND):
             while "expired" not in identity:
-                lines = _status_lines(await ztunnels[0].status() | {"reach": REACH})
+                lines = printed(await ztunnels[0].status())
                 identity = line(lines, "identity")
                 await trio.sleep(0.05)
         assert "Unavailable: the certificate for spiffe://cluster.local/ns/shop/sa/web expired at " in identity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 import re
 from pathlib import Path
@@ -12,10 +13,9 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives import serialization
 from tests.support.daemon import CA, running, settings
-from tests.support.standing import REACH, line
+from tests.support.standing import line, printed
 
 from hbone.testing.ca import TestCa
-from ztunnel.cli import _status_lines
 from ztunnel.control.transport import TokenSource
 from ztunnel.errors import ResponseFlag
 
@@ -56,8 +56,9 @@ async def test_expiry_of_certificate_roots_and_token_are_shown(tmp_path: Path) -
         assert found["ztunnel_rejected_resources_total"] == 0
         status = await ztunnel.status()
         assert status["tokenExpires"] == "2030-03-17T17:46:40Z"
-        text = "\n".join(_status_lines(status | {"reach": REACH}))
-        assert f"roots until {status['rootsExpire']}, token until 2030-03-17T17:46:40Z" in text
+        text = "\n".join(printed(status, ENDS - 2 * 86_400 - 3600))
+        assert f"roots until {status['rootsExpire']} (in " in text
+        assert "token until 2030-03-17T17:46:40Z (in 2 d 1 h)" in text
         file.write_text(token(exp=ENDS + 60))
         assert (await values(ztunnel))["ztunnel_token_expiration_timestamp_seconds"] == ENDS + 60
         file.unlink()
@@ -78,8 +79,11 @@ async def test_revocation_lists_are_told_with_number_age_and_whether_they_are_ov
         status = await ztunnel.status()
         found = status["revocation"]
         assert (found["lists"], found["certificates"], found["overdue"], found["error"]) == (1, 1, False, None)
-        assert line(_status_lines(status | {"reach": REACH}), "revocation") == (
-            f"1 lists of 1 certificates, as of {found['asOf']}, next due {found['nextUpdate']}"
+        as_of = datetime.datetime.fromisoformat(found["asOf"]).timestamp()
+        text = line(printed(status, as_of + 90), "revocation")
+        assert text.startswith(
+            f"1 certificates taken back, by 1 lists, as of {found['asOf']} (1 min 30 s ago),"
+            f" next due {found['nextUpdate']} (in "
         )
         assert (await values(ztunnel))["ztunnel_revocation_lists"] == 1
         mesh = ztunnel.daemon.mesh
@@ -89,10 +93,9 @@ async def test_revocation_lists_are_told_with_number_age_and_whether_they_are_ov
         mesh.wall = lambda: due + 1
         mesh.revocations.error = "it is cut"
         status = await ztunnel.status()
-        assert line(_status_lines(status | {"reach": REACH}), "revocation") == (
-            f"1 lists of 1 certificates, as of {found['asOf']}, due for replacement since {found['nextUpdate']} and"
-            f" still in force; {path} is not read: it is cut"
-        )
+        text = line(printed(status, due + 3600), "revocation")
+        assert f", due for replacement since {found['nextUpdate']} (1 h ago) and still in force; {path} is not" in text
+        assert text.endswith("is not read: it is cut")
 
 
 def metric_names(expression: str) -> set[str]:

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.daemon import Running, policy, running, settings, workload
 from tests.support.sizes import size
+from tests.support.standing import printed
 
 from hbone.errors import ConfigurationError
 from hbone.testing.ca import TestCa
-from ztunnel.cli import _status_lines
 from ztunnel.config import Config
 from ztunnel.control.svids import NoCertificate
 from ztunnel.dataplane import SocketCalls
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 CA = TestCa()
-REACH: dict[str, Any] = {"inboundCaptured": None, "why": "not asked", "ports": []}
 
 messages = st.builds(Message, st.sampled_from(Kind), st.integers(0, 2**32 - 1), st.binary(max_size=300))
 
@@ -404,13 +403,13 @@ async def test_the_status_names_the_workers(two: Running) -> None:
     await two.sync()
     await two.until_ready()
     first, second = await pids(two)
-    (row,) = [line for line in _status_lines({**await two.status(), "reach": REACH}) if line.startswith("workers")]
+    (row,) = [line for line in printed(await two.status()) if line.startswith("workers")]
     assert row.split(maxsplit=1)[1] == f"2 of 2 serving (pid {first}, {second})"
     os.kill(first, signal.SIGKILL)
     while not (await two.status())["workers"][0]["restarts"]:
         await trio.sleep(0.02)
     await until(two, state="serving")
-    (row,) = [line for line in _status_lines({**await two.status(), "reach": REACH}) if line.startswith("workers")]
+    (row,) = [line for line in printed(await two.status()) if line.startswith("workers")]
     assert row.endswith("1 replaced since the start")
 
 

@@ -147,9 +147,12 @@ def explain(
         client_ip=client_ip,
     )
     steps += _route_steps(chosen)
-    decision = _decision(store, source, chosen, client_ip)
-    if decision is not None:
-        steps += _policy_steps(store, chosen, decision)
+    asked = _asked(source, chosen, client_ip)
+    decision = None
+    if asked is not None:
+        workload, connection = asked
+        decision = decide(store, workload, connection)
+        steps += _policy_steps(store, workload, connection, decision)
     return Explanation(tuple(steps), chosen, decision)
 
 
@@ -253,7 +256,8 @@ def _any_of(identities: frozenset[SpiffeId]) -> str:
     return " or ".join(names[:_MAX_LISTED]) + more
 
 
-def _decision(store: Store, source: Workload, chosen: Route, client_ip: IpAddress | None) -> Decision | None:
+def _asked(source: Workload, chosen: Route, client_ip: IpAddress | None) -> tuple[Workload, Connection] | None:
+    """Whose policies are asked about what; None where they are not known here."""
     workload = chosen.workload if isinstance(chosen, (Tunnel, Plain)) else None
     if workload is None or (isinstance(chosen, Tunnel) and chosen.inner is not None):
         return None
@@ -262,7 +266,7 @@ def _decision(store: Store, source: Workload, chosen: Route, client_ip: IpAddres
     if source_ip is None or address is None:
         return None
     identity = source.identity if isinstance(chosen, Tunnel) else None
-    return decide(store, workload, Connection(source_ip, identity, address))
+    return workload, Connection(source_ip, identity, address)
 
 
 def _reached(chosen: Route) -> Address | None:
@@ -276,12 +280,21 @@ def _reached(chosen: Route) -> Address | None:
     return chosen.next_hop[0], tunnel.port if tunnel is not None and tunnel.port else port
 
 
-def _policy_steps(store: Store, chosen: Route, decision: Decision) -> list[Step]:
-    assert isinstance(chosen, (Tunnel, Plain))
-    assert chosen.workload is not None
-    policies = store.policies_for(chosen.workload)
+def _policy_steps(store: Store, workload: Workload, connection: Connection, decision: Decision) -> list[Step]:
+    """Each policy in the order of evaluation, with what it says, and what comes of it."""
+    policies = store.policies_for(workload)
     names = ", ".join(policy.label for policy in policies.policies[:_MAX_LISTED]) or "none"
-    steps = [Step("policy", f"policies of {_name(chosen.workload)}: {names}")]
+    steps = [Step("policy", f"policies of {_name(workload)}: {names}")]
+    groups = (
+        ("would deny but is a dry run", policies.dry_deny),
+        ("denies", policies.deny),
+        ("would allow but is a dry run", policies.dry_allow),
+        ("allows", policies.allow),
+    )
+    tested = [(label, what, matches) for what, group in groups for label, matches in group]
+    for label, what, matches in tested[:_MAX_LISTED]:
+        found = "matches" if matches(connection) else "does not match"
+        steps.append(Step("policy", f"{label}, which {what}, {found}"))
     for name in policies.missing:
         steps.append(Step("policy", f"{name} is named by the workload, but the control plane did not send it"))
     for message, policy in decision.dry_run:

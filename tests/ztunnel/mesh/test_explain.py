@@ -53,8 +53,44 @@ def test_denying_policy_is_named() -> None:
     store.apply_policies([deny])
     found = told(store, "10.2.0.1:80")
     assert not found.allowed
-    assert texts(found, "policy") == ["policies of default/web: default/no", "denied: explicitly denied by: default/no"]
+    assert texts(found, "policy") == [
+        "policies of default/web: default/no",
+        "default/no, which denies, matches",
+        "denied: explicitly denied by: default/no",
+    ]
     assert json.loads(json.dumps(found.to_dict()))["policy"]["policy"] == "default/no"
+
+
+def test_each_policy_is_told_with_whether_it_matches() -> None:
+    store = store_of(hbone("web", "10.2.0.1"))
+
+    def policy(name: str, action: Action, account: str, *, dry_run: bool = False) -> Authorization:
+        match = Match(principals=(StringMatch(Kind.SUFFIX, f"/sa/{account}"),))
+        return Authorization(
+            name=name,
+            namespace="default",
+            scope=PolicyScope.NAMESPACE,
+            action=action,
+            rules=(((match,),),),
+            dry_run=dry_run,
+        )
+
+    store.apply_policies(
+        [
+            policy("others", Action.ALLOW, "other"),
+            policy("clients", Action.ALLOW, "client"),
+            policy("not-others", Action.DENY, "other"),
+            policy("soon", Action.DENY, "client", dry_run=True),
+        ]
+    )
+    found = texts(told(store, "10.2.0.1:80"), "policy")
+    assert [text for text in found if ", which " in text] == [
+        "default/soon, which would deny but is a dry run, matches",
+        "default/not-others, which denies, does not match",
+        "default/others, which allows, does not match",
+        "default/clients, which allows, matches",
+    ]
+    assert found[-1] == "allowed: allowed by: default/clients"
 
 
 def test_plaintext_carries_no_identity_to_the_policies() -> None:
