@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hbone.commandline import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -47,16 +49,21 @@ def when(seconds: float) -> str:
 
 def show(text: str) -> None:
     """Print what was asked for."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{_lines(text)}\n")
 
 
 def say(text: str) -> None:
     """Print a remark."""
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{_lines(text)}\n")
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print rows under a header."""
+    rows = [tuple(printable(value) for value in row) for row in rows]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     for row in (header, *rows):
         show("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())

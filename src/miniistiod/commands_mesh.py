@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 from hbone.commandline import CommandError, ExitCode
 from hbone.errors import ConfigurationError
 from miniistiod import admin_client, expiry, lint, watch
+from miniistiod.catalog import ADDRESS, AUTHORIZATION
 from miniistiod.commandline import PROGRAM, add_command, add_state, say, show, table, when
 from miniistiod.registry import Registry
 from miniistiod.resources import Severity, load
@@ -126,10 +127,8 @@ def _get_effective(socket: Path, arguments: argparse.Namespace) -> int:
     if arguments.json:
         show(json.dumps(found, indent=1))
         return ExitCode.DONE
-    rows = [
-        (item["name"], item["action"], item["scope"], str(item["rules"]), item["because"]) for item in found["policies"]
-    ]
-    table(("POLICY", "ACTION", "SCOPE", "RULES", "BECAUSE IT IS"), rows)
+    rows = [(item["name"], item["action"], item["because"], _cut(item["says"])) for item in found["policies"]]
+    table(("POLICY", "ACTION", "BECAUSE IT", "SAYS"), rows)
     say(f"what none of them decides is {found['otherwise']}")
     for name in found["missing"]:
         say(f"{PROGRAM}: {name} is named by the workload and does not exist")
@@ -175,9 +174,14 @@ def _policy(item: dict[str, Any]) -> tuple[str, ...]:
         item["name"],
         body.get("action", "ALLOW"),
         body.get("scope", "GLOBAL"),
-        str(len(body.get("rules", ()))),
         str(item["workloads"]),
+        _cut(item["says"]),
     )
+
+
+def _cut(text: str) -> str:
+    """As much as fits in a table; --json has all."""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
 
 
 def _certificate(item: dict[str, Any]) -> tuple[str, ...]:
@@ -199,16 +203,29 @@ def _registration(item: dict[str, Any]) -> tuple[str, ...]:
 
 def _subscriber(item: dict[str, Any]) -> tuple[str, ...]:
     rejected = [kind["rejected"] for kind in item["types"].values() if kind["rejected"]]
-    return item["node"], item["identity"], item["remote"], when(item["since"]), rejected[0] if rejected else "-"
+    has = [
+        f"{kind['has']} {_TYPES.get(url, url)}{'' if kind['acknowledged'] else ' (sent)'}"
+        for url, kind in sorted(item["types"].items())
+    ]
+    return (
+        *(item["node"], item["identity"], item["remote"], when(item["since"])),
+        ", ".join(has) or "-",
+        _cut(rejected[0]) if rejected else "-",
+    )
+
+
+_TYPES = {AUTHORIZATION: "policies", ADDRESS: "addresses"}
+MAX_TEXT = 200
+"""Characters of a text in a table."""
 
 
 _COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, ...]]]] = {
     "workloads": (("WORKLOAD", "ADDRESS", "ACCOUNT", "TUNNEL", "SERVICES", "POLICIES"), _workload),
     "services": (("SERVICE", "ADDRESS", "PORTS"), _service),
-    "policies": (("POLICY", "ACTION", "SCOPE", "RULES", "WORKLOADS"), _policy),
+    "policies": (("POLICY", "ACTION", "SCOPE", "WORKLOADS", "SAYS"), _policy),
     "certificates": (("SERIAL", "IDENTITY", "ISSUED", "EXPIRES", "STATE", "CALLER"), _certificate),
     "registrations": (("MACHINE", "GROUP", "ADDRESS", "ACCOUNT", "STATE", "SINCE"), _registration),
-    "subscribers": (("NODE", "IDENTITY", "FROM", "SINCE", "REJECTED"), _subscriber),
+    "subscribers": (("NODE", "IDENTITY", "FROM", "SINCE", "ACKNOWLEDGED", "REJECTED"), _subscriber),
 }
 
 

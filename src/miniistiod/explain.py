@@ -14,6 +14,7 @@ from hbone.connect import Authority, AuthorityError
 from hbone.errors import HboneError, IdentityError
 from hbone.identity import SpiffeId
 from miniistiod.catalog import ADDRESS, AUTHORIZATION
+from miniistiod.wording import says
 from ztunnel.mesh.address import RejectedResource, parse_ip
 from ztunnel.mesh.decode import decode_address, decode_policy
 from ztunnel.mesh.explain import explain
@@ -187,7 +188,7 @@ def effective(store: Store, name: str) -> dict[str, Any]:
                 "name": policy.label,
                 "action": policy.action.name,
                 "scope": policy.scope.name,
-                "rules": len(policy.rules),
+                "says": says(policy),
                 "because": _BECAUSE[policy.scope],
             }
             for policy in ordered
@@ -198,8 +199,8 @@ def effective(store: Store, name: str) -> dict[str, Any]:
 
 
 _BECAUSE = {
-    PolicyScope.GLOBAL: "of the whole mesh",
-    PolicyScope.NAMESPACE: "of its namespace",
+    PolicyScope.GLOBAL: "is of the whole mesh",
+    PolicyScope.NAMESPACE: "is of its namespace",
     PolicyScope.WORKLOAD_SELECTOR: "selects it",
 }
 

@@ -12,16 +12,16 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from miniistiod.explain import reachability
-from ztunnel.mesh.policy import Action, Kind, PolicyScope, ServiceAccount, StringMatch
+from miniistiod.wording import says
+from ztunnel.mesh.policy import Action, PolicyScope
 from ztunnel.mesh.workload import Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from ztunnel.mesh.policy import Authorization, Clause, Match
     from ztunnel.mesh.store import Store
 
-__all__ = ["HEADERS", "render", "says"]
+__all__ = ["HEADERS", "render"]
 
 HEADERS = (
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"),
@@ -185,56 +185,6 @@ def _policies(store: Store) -> Iterable[Sequence[str]]:
         text = says(item)
         cut = f"{text[:MAX_TEXT]}..." if len(text) > MAX_TEXT else text
         yield key, _Cell(item.action.name, "yes" if item.action is Action.ALLOW else "no"), where[item.scope], cut
-
-
-def says(policy: Authorization) -> str:
-    """The rules of a policy in words."""
-    return (
-        "; or ".join(" and ".join(sorted(map(_clause, rule), key=_is_to)) or "anyone" for rule in policy.rules)
-        or "nobody"
-    )
-
-
-def _is_to(text: str) -> bool:
-    """Who comes before where, which is not their order on the wire."""
-    return text.startswith("to ")
-
-
-def _clause(clause: Clause) -> str:
-    found = [_match(match) for match in clause]
-    return f"({' or '.join(found)})" if len(found) > 1 else "".join(found) or "anything"
-
-
-_FIELDS = (
-    ("principals", "identity"),
-    ("namespaces", "from namespace"),
-    ("service_accounts", "from account"),
-    ("source_ips", "from address"),
-    ("destination_ips", "to address"),
-    ("destination_ports", "to port"),
-)
-
-
-def _match(match: Match) -> str:
-    found = []
-    for name, words in _FIELDS:
-        for field, no in ((name, ""), (f"not_{name}", "not ")):
-            values = [_value(value) for value in getattr(match, field)]
-            if values == ["any"]:
-                found.append(f"{'no' if no else 'any'} {words.removeprefix('from ')}")
-            elif values:
-                found.append(f"{no}{words} {' or '.join(values)}")
-    return " and ".join(found) or "nothing that a ztunnel sees"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, ServiceAccount):
-        return f"{value.namespace}/{value.name}"
-    if not isinstance(value, StringMatch):
-        return str(value)
-    return {Kind.EXACT: value.text, Kind.PREFIX: f"{value.text}*", Kind.SUFFIX: f"*{value.text}", Kind.PRESENCE: "any"}[
-        value.kind
-    ]
 
 
 def _matrix(found: dict[str, Any], short: Callable[[object], str]) -> str:

@@ -13,6 +13,8 @@ from google.protobuf import json_format
 
 from miniistiod import overview
 from miniistiod.explain import ExplainError, Question, effective, reachability
+from miniistiod.wording import says
+from ztunnel.mesh.decode import decode_policy
 from ztunnel.wire import authorization_pb2, workload_pb2
 
 if TYPE_CHECKING:
@@ -126,6 +128,7 @@ def _policies(mesh: Mesh) -> list[Any]:
             "version": item.version,
             "policy": json_format.MessageToDict(policy := authorization_pb2.Authorization.FromString(item.body)),
             "workloads": _ruled(policy, workloads),
+            "says": says(decode_policy(name, item.body)),
         }
         for name, item in sorted(mesh.catalog.policies.items())
     ]

@@ -376,19 +376,23 @@ async def test_nothing_is_served_before_the_first_good_documents(tmp_path: Path)
             await ztunnel.response()
 
 
-async def test_a_rejection_is_shown(tmp_path: Path) -> None:
+async def test_a_rejection_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with control_plane(tmp_path) as cp:
         token = bearer(cp.create_token("shop", "orders", reusable=True))
         async with discovery(cp, None, token) as ztunnel:
             data = await ztunnel.stream.receive()
             assert data is not None
             response = discovery_pb2.DeltaDiscoveryResponse.FromString(data)
-            await ztunnel.stream.send(acknowledge(response, "shop/orders: no"))
+            await ztunnel.stream.send(acknowledge(response, "shop/orders: \x1b[31mno"))
             while True:
                 (shown,) = await admin(cp, "/subscribers")
-                if shown["types"][AUTHORIZATION]["rejected"] == "shop/orders: no":
+                if shown["types"][AUTHORIZATION]["rejected"] == "shop/orders: \x1b[31mno":
                     break
                 await trio.sleep(0.01)
+            arguments = ["get", "subscribers", "--state", str(tmp_path / "state")]
+            assert await trio.to_thread.run_sync(cli.main, arguments) == 0
+            out = capsys.readouterr().out  # what a client says is nothing that a terminal obeys
+            assert r"1 policies (sent), 3 addresses (sent)  shop/orders: \x1b[31mno" in out
 
 
 async def test_a_third_stream_of_a_node_ends_the_oldest(tmp_path: Path) -> None:

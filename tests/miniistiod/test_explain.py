@@ -167,4 +167,9 @@ async def test_get_shows_the_policies_of_one_workload(tmp_path: Path, capsys: py
         assert (await command(capsys, "get", "services", *state, "--workload", "shop/orders-1"))[0] == 2
         code, out, _ = await command(capsys, "get", "policies", *state)
         assert code == 0
-        assert [line.split()[-1] for line in out.splitlines()] == ["WORKLOADS", "2", "2", "1"]
+        assert [line.split()[3:] for line in out.splitlines()] == [
+            ["WORKLOADS", "SAYS"],
+            ["2", "no", "identity"],
+            ["2", "to", "port", "22"],
+            ["1", "from", "account", "shop/web"],
+        ]
