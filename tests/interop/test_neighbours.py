@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hbone.testing.ca import Issued
 
-pytestmark = [pytest.mark.interop, *needs_namespaces]
+pytestmark = [pytest.mark.interop, *needs_namespaces, pytest.mark.timeout(300)]
 
 HELLO = b"hello world"
 MTLS = 9443

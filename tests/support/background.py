@@ -46,7 +46,7 @@ def background(manager: Callable[[], AbstractAsyncContextManager[T]]) -> Iterato
     thread = threading.Thread(target=run, name="background")
     thread.start()
     try:
-        found = answer.get(timeout=90)
+        found = answer.get(timeout=240)
         if isinstance(found, BaseException):
             raise found
         yield found

@@ -251,7 +251,9 @@ async def _running(
         async def add(host: str) -> None:
             account = ZTUNNELS[host]
             own = {"NETWORK": networks[host]} if host in networks else {}
-            await running.add_ztunnel(host, ("shop", account, account), environment={**environment, **own})
+            workload = ("shop", account, account)
+            ztunnel = await running.add_ztunnel(host, workload, environment={**environment, **own}, wait=False)
+            await ztunnel.until_ready(120.0)
 
         for host in ("alpha", "beta", "gamma", "plain"):
             listen(host, ECHO, echo)

@@ -17,7 +17,7 @@ from hbone.errors import ConnectRejected, HboneError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = needs_namespaces
+pytestmark = [*needs_namespaces, pytest.mark.timeout(300)]
 
 HELLO = b"hello world"
 
@@ -96,7 +96,7 @@ async def test_a_server_without_ztunnel_is_reached_in_plaintext(found: Lab) -> N
     assert line["dst.addr"] == f"{found.address('plain')}:{ECHO}"
     assert "dst.hbone_addr" not in line
     labels = ('destination_workload="legacy"', 'connection_security_policy="unknown"')
-    assert await found.total("alpha", "istio_tcp_connections_opened_total", *labels) == 1
+    assert await found.total("alpha", "istio_tcp_connections_opened_total", *labels) >= 1
 
 
 async def test_a_client_without_ztunnel_comes_in_without_an_identity(found: Lab) -> None:
@@ -106,7 +106,7 @@ async def test_a_client_without_ztunnel_comes_in_without_an_identity(found: Lab)
     line = await found.logged("beta", direction="inbound", src__workload="legacy", bytes_sent=11)
     assert "src.identity" not in line
     labels = ('source_workload="legacy"', 'source_principal="unknown"', 'connection_security_policy="unknown"')
-    assert await found.total("beta", "istio_tcp_connections_opened_total", *labels) == 1
+    assert await found.total("beta", "istio_tcp_connections_opened_total", *labels) >= 1
 
 
 STRICT = """\
