@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import socket
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 from tests.support.lab import DOCUMENTS, ECHO, NAMED, ORDERS, SANDWICHED, WHO, Lab, lab, needs_namespaces
-from tests.support.shop import until
+from tests.support.shop import serve_echo, until
 
 from hbone.errors import ConnectRejected, HboneError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from hbone.testing.hosts import Host
 
 pytestmark = [*needs_namespaces, pytest.mark.timeout(300)]
 
@@ -149,6 +153,76 @@ async def test_applications_see_their_clients_address_where_routing_brings_repli
         assert await found.ask(source, beta, WHO) == f"beta {beta}".encode()
     status = {host: json.loads((await found.ztunnel(host).http(15000, "/status"))[1]) for host in ("beta", "gamma")}
     assert (status["beta"]["keepsSources"], status["gamma"]["keepsSources"]) == (False, True)
+
+
+SIX = """\
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: six, namespace: shop, labels: {app: six}}
+spec: {address: "fd78::4", serviceAccount: six}
+"""
+CAPTURE_SIX = """
+table ip6 hbone {
+  chain output {
+    type nat hook output priority -100;
+    oifname "lo" accept
+    meta mark & 0xfff == 0x539 accept
+    meta l4proto tcp redirect to :15001
+  }
+  chain prerouting {
+    type nat hook prerouting priority -100;
+    iifname "lo" accept
+    tcp dport 15008 accept
+    meta l4proto tcp redirect to :15006
+  }
+}
+"""
+
+
+def run(host: Host, *command: str, text: str = "") -> None:
+    subprocess.run(host.command(*command), input=text, text=True, check=True, timeout=10)
+
+
+async def over_ipv6(host: Host, address: str) -> bytes:
+    sock = trio.socket.from_stdlib_socket(host.make(lambda: socket.socket(socket.AF_INET6)))
+    async with trio.SocketStream(sock) as stream:
+        with trio.fail_after(30):
+            await sock.connect((address, ECHO))
+            await stream.send_all(HELLO)
+            await stream.send_eof()
+            return b"".join([part async for part in stream])
+
+
+async def test_ipv6_is_captured_and_tunnelled_as_ipv4_is(found: Lab) -> None:
+    for number, name in ((1, "alpha"), (4, "delta"), (6, "plain")):
+        host = found.host(name)
+        run(host, "ip", "address", "add", f"fd78::{number}/64", "dev", "eth0", "nodad")
+        if name != "plain":
+            run(host, "nft", "-f", "-", text=CAPTURE_SIX)
+    found.mesh.apply("six", SIX)
+    listener = found.host("delta").make(lambda: socket.create_server(("::", ECHO), family=socket.AF_INET6))
+    async with trio.open_nursery() as nursery:
+        serve = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
+        nursery.start_soon(trio.serve_listeners, serve_echo, serve)
+        ztunnel = await found.mesh.add_ztunnel("delta", ("shop", "six", "six"), wait=False)
+        await ztunnel.until_ready(120.0)
+        source, target = "[fd78::1]:", "[fd78::4]"
+
+        async def tunnelled() -> bool:
+            return await over_ipv6(found.host("alpha"), "fd78::4") == HELLO and any(
+                line.get("dst.addr") == f"{target}:15008" for line in found.ztunnel("alpha").records()
+            )
+
+        assert await until(tunnelled, seconds=30)
+        came = await found.logged("delta", direction="inbound", dst__hbone_addr=f"{target}:{ECHO}", bytes_sent=11)
+        assert came["src.addr"].startswith(source)
+        assert came["src.identity"] == "spiffe://cluster.local/ns/shop/sa/client"
+        assert await over_ipv6(found.host("plain"), "fd78::4") == HELLO
+        came = await found.logged("delta", direction="inbound", dst__addr=f"{target}:{ECHO}", bytes_sent=11)
+        assert came["src.addr"].startswith("[fd78::6]:")
+        assert "src.identity" not in came
+        await ztunnel.stop()
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_denied_connect_is_401_with_its_policy_in_the_log(found: Lab) -> None:
