@@ -209,9 +209,9 @@ class Reactor:
         self.now = self.clock()
         self.turns += 1
         get = self.handlers.get
-        later = self._later
-        if later:
-            self._later = []
+        later: Iterable[Callable[[], object]] = ()
+        if self._later:
+            later, self._later = self._later, []
         for fd, mask in events:
             handler = get(fd)
             if handler is not None:

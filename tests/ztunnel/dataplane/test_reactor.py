@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 import trio.lowlevel
+from tests.support.dataplane import scripted_reactor
 
 from ztunnel.dataplane.reactor import READ, Reactor
 
@@ -293,6 +294,27 @@ def test_what_is_put_off_runs_in_the_next_turn_and_flushes_come_last() -> None:
     reactor.turn(())
     assert order == ["first", "second"]
     reactor.dispose()
+
+
+def test_what_an_event_puts_off_runs_once() -> None:
+    ran: list[int] = []
+
+    class Handler:
+        def on_event(self, mask: int) -> None:
+            reactor.later(lambda: ran.append(reactor.turns))
+
+        def on_fault(self) -> None:
+            raise AssertionError
+
+    reactor = scripted_reactor()
+    reactor.handlers[7] = Handler()
+    reactor.turn([(7, READ)])
+    for _ in range(3):
+        reactor.turn(())
+    assert ran == [2]
+    reactor.turn([(7, READ), (7, READ)])
+    reactor.turn(())
+    assert ran == [2, 6, 6]
 
 
 def test_a_task_started_by_a_callback_runs_and_its_fault_ends_nothing() -> None:
