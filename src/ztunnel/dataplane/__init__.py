@@ -236,6 +236,7 @@ class Dataplane:
             or self.outbound.pending
             or self.socks5.greetings
             or self.inbound.waiting
+            or self.inbound.room.count
             or self.inbound.tunnels
         )
 

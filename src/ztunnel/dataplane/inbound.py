@@ -21,6 +21,7 @@ from ztunnel.dataplane.relay import ENDS, Relay
 from ztunnel.dataplane.restraint import Restraint
 from ztunnel.dataplane.sockets import DONTWAIT
 from ztunnel.dataplane.tunnel import Tunnel
+from ztunnel.dataplane.waitingroom import WaitingRoom
 from ztunnel.errors import (
     CertificateRevoked,
     ConnectFailed,
@@ -95,7 +96,8 @@ class Inbound:
         self._budget = budget
         self._recall = recall
         recall.members.append(("destination", lambda: self.tunnels))
-        self._admission = admission or Admission()
+        self.room = WaitingRoom(plane.reactor, admission or Admission(), self._begin)
+        """Connections that wait for their turn to shake hands."""
         self._shaking: dict[Tunnel, str] = {}
         self._restraints: dict[Tunnel, Restraint] = {}
         self._response: tuple[Workload, Headers] | None = None
@@ -107,11 +109,10 @@ class Inbound:
 
     def accepted(self, sock: socket.SocketType, peer: Address) -> None:
         """A connection to 15008."""
+        self.room.enter(sock, peer, str(peer[0]))
+
+    def _begin(self, sock: socket.SocketType, peer: Address, source: str) -> None:
         plane = self.plane
-        source = str(peer[0])
-        if not self._admission.enter(source):
-            plane.reactor.close(sock)
-            return
         plane.metrics.socket_opened("destination")
         identity = self._identities.current()
         if identity is not None:
@@ -138,7 +139,7 @@ class Inbound:
             self._shake_hands(sock, peer, source, identity)
 
     def _refuse(self, sock: socket.SocketType, peer: Address, source: str, error: DataplaneError) -> None:
-        self._admission.leave(source)
+        self.room.leave(source)
         self.plane.metrics.socket_closed("destination")
         self.plane.log.early_deny(INBOUND, peer, self.plane.calls.local_address(sock), error)
         self.plane.reactor.close(sock)
@@ -171,7 +172,7 @@ class Inbound:
         """The peer proved who it is."""
         if not self._recall.allows(tunnel, "destination"):
             return
-        self._admission.leave(self._shaking.pop(tunnel))
+        self.room.leave(self._shaking.pop(tunnel))
         if self.draining:
             tunnel.drain()
 
@@ -183,7 +184,7 @@ class Inbound:
         self.plane.metrics.socket_closed("destination")
         source = self._shaking.pop(tunnel, None)
         if source is not None:
-            self._admission.leave(source)
+            self.room.leave(source)
             if isinstance(error, PeerRevoked):
                 self._recall.refused("destination")
             self.plane.log.early_deny(INBOUND, tunnel.address, local, error or TlsFailed("the connection was closed"))
@@ -204,6 +205,8 @@ class Inbound:
     def drain(self) -> None:
         """GOAWAY on each tunnel; open streams go on."""
         self.draining = True
+        if not self._released:
+            self.room.close()
         for tunnel in list(self.tunnels):
             if tunnel.established or not self._released:
                 tunnel.drain()
@@ -211,6 +214,7 @@ class Inbound:
     def close(self) -> None:
         """Close every tunnel; streams that are open are lost."""
         self.draining, self._released = True, False
+        self.room.close()
         self.forget_store()
         for tunnel in list(self.tunnels):
             tunnel.close()
