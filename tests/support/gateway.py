@@ -46,15 +46,21 @@ class Gateway:
         self.carried = bytearray()
         """The first bytes of what it handed on."""
         self.answers: list[int] = []
-        """Statuses to refuse the next streams with."""
+        """Statuses to refuse the next streams with; 0 for REFUSED_STREAM, as if they had not been looked at."""
+        self.drain_timeout = 0.2
         self.streams: list[hbone.trio.HboneStream] = []
         self.scope = trio.CancelScope()
+        self.serving = False
 
     async def handle(self, stream: hbone.trio.HboneStream) -> None:
         """Serve one stream."""
         self.requests.append(stream.request)
         if self.answers:
-            stream.reject(self.answers.pop(0))
+            status = self.answers.pop(0)
+            if status:
+                stream.reject(status)
+            else:
+                stream.reset(hbone.ErrorCode.REFUSED_STREAM)
             return
         target = self.targets.pop(0)
         self.targets.append(target)
@@ -69,6 +75,7 @@ class Gateway:
     async def serve(self, identity: Identity, *, task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED) -> None:
         """Until `scope` is cancelled."""
         source = hbone.StaticSource(identity.svid, identity.bundles)
+        self.serving = True
         with self.scope:
             await hbone.trio.serve(
                 self.handle,
@@ -76,9 +83,10 @@ class Gateway:
                 port=self.port,
                 host=self.ip,
                 authorize=hbone.same_trust_domain,
-                drain_timeout=0.2,
+                drain_timeout=self.drain_timeout,
                 task_status=task_status,
             )
+        self.serving = False
 
 
 class _Seen:

@@ -186,7 +186,7 @@ class Pair:
 
     async def settle(self, done: Callable[[], bool]) -> None:
         """Wait until `done`, five seconds at most."""
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while not done():
                 await trio.sleep(0.005)
 

@@ -390,6 +390,52 @@ async def test_a_draining_server_lets_the_connection_finish(crossing: Crossing) 
     await crossing.settle(lambda: not crossing.server.plane.inbound.tunnels)
 
 
+async def test_a_draining_gateway_lets_the_connection_finish(crossing: Crossing) -> None:
+    crossing.gateway.scope.cancel()
+    crossing.gateway.scope = trio.CancelScope()
+    await crossing.settle(lambda: not crossing.gateway.serving)
+    crossing.gateway.drain_timeout = 60.0
+    await crossing.nursery.start(crossing.gateway.serve, CA.identity("default", "gateway"))
+    async with await answer(crossing) as stream:
+        crossing.gateway.scope.cancel()
+        await crossing.settle(lambda: all(t.engine.draining for t in crossing.client.plane.dialer.tunnels))
+        for _ in range(3):
+            await stream.send_all(b"still here")
+            with trio.fail_after(30):
+                assert await stream.receive_some() == b"still here"
+    await nothing_left(crossing)
+    await crossing.settle(lambda: not crossing.client.plane.dialer.tunnels)
+
+
+async def test_a_stream_that_the_gateway_did_not_look_at_is_asked_for_again(crossing: Crossing) -> None:
+    crossing.gateway.answers += [0, 0]
+    async with await answer(crossing):
+        pass
+    assert len(crossing.gateway.requests) == 3
+    await nothing_left(crossing)
+    crossing.gateway.answers += [0, 0, 0]
+    await is_cut(await crossing.connect())
+    await crossing.settle(lambda: crossing.client.log.errors == ["the network gateway took no stream"])
+    await nothing_left(crossing)
+
+
+async def test_a_hundred_connections_at_once_cross_by_few_outer_tunnels(crossing: Crossing) -> None:
+    answered = 0
+
+    async def one(number: int) -> None:
+        nonlocal answered
+        async with await answer(crossing, b"%d" % number):
+            answered += 1
+            await crossing.settle(lambda: answered == 100)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(100):
+            nursery.start_soon(one, number)
+    assert len(crossing.client.plane.dialer.tunnels) <= 2
+    await nothing_left(crossing)
+    assert not crossing.client.log.errors
+
+
 async def test_an_app_that_gives_up_takes_its_half_made_tunnel_along(crossing: Crossing) -> None:
     silent = await trio.open_tcp_listeners(0, host=crossing.gateway.ip)
     crossing.gateway.targets[:] = [(crossing.gateway.ip, silent[0].socket.getsockname()[1])]
