@@ -83,7 +83,7 @@ class Dataplane:
     ) -> None:
         self.reactor = reactor
         self.config = config
-        self.connections = Connections(reactor.later, reactor.clock)
+        self.connections = Connections(store, reactor.later, reactor.clock)
         """Live connections."""
         self.budget = WindowBudget(config.window_budget)
         self.listeners: dict[str, Listener] = {}

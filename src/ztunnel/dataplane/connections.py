@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ztunnel.logs import AccessLog, AccessRecord
     from ztunnel.mesh.address import IpAddress
     from ztunnel.mesh.rbac import Connection as PolicyFacts
+    from ztunnel.mesh.rbac import PolicySet
     from ztunnel.mesh.store import Change, Store
     from ztunnel.mesh.workload import Workload
     from ztunnel.metrics import Metrics, Traffic
@@ -158,20 +159,34 @@ class InboundConnection(AppConnection):
             self.abort(PolicyChanged())
 
 
+class _Group:
+    """The inbound connections of one workload, and the policies that all of them were asked about by, or will be."""
+
+    __slots__ = ("members", "policies", "workload")
+
+    def __init__(self, workload: Workload, policies: PolicySet) -> None:
+        self.workload = workload
+        self.policies = policies
+        self.members: dict[InboundConnection, None] = {}
+
+
 class Connections:
     """The live connections of one data path.
 
     Args:
+        store: the policies.
         later: calls a function in the reactor's next turn.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, later: Callable[[Callable[[], object]], None], clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, later: Callable[[Callable[[], object]], None], clock: Callable[[], float]) -> None:
         self.inbound: dict[InboundConnection, None] = {}
         self.outbound: dict[AppConnection, None] = {}
+        self._store = store
         self._later = later
         self._clock = clock
-        self._checking: Iterator[InboundConnection] | None = None
+        self._groups: dict[str, _Group] = {}
+        self._checking: dict[_Group, Iterator[InboundConnection]] = {}
         self._when_checked: list[Callable[[], object]] = []
         self._current: InboundConnection | None = None
 
@@ -181,10 +196,26 @@ class Connections:
     def __iter__(self) -> Iterator[AppConnection]:
         return itertools.chain(list(self.inbound), list(self.outbound))
 
+    def register(self, connection: InboundConnection) -> None:
+        """From here on it is asked about again whenever the policies of its workload change."""
+        self.inbound[connection] = None
+        uid = connection.workload.uid
+        group = self._groups.get(uid)
+        if group is None:
+            workload = self._store.workload_by_uid(uid) or connection.workload
+            group = self._groups[uid] = _Group(workload, self._store.policies_for(workload))
+        group.members[connection] = None
+
     def forget(self, connection: AppConnection) -> None:
         """It ended."""
         if isinstance(connection, InboundConnection):
             self.inbound.pop(connection, None)
+            uid = connection.workload.uid
+            group = self._groups.get(uid)
+            if group is not None:
+                group.members.pop(connection, None)
+                if not group.members:
+                    del self._groups[uid]
         else:
             self.outbound.pop(connection, None)
 
@@ -194,40 +225,52 @@ class Connections:
             connection.account()
 
     def recheck(self, change: Change) -> None:
-        """Ask the policies about every inbound connection again, a millisecond's worth a turn.
+        """Ask the policies again about the connections of each workload whose policies changed.
 
-        The list of policies of a workload may have changed too, so any change of workloads counts.
+        That costs a look at each workload that has connections; they themselves are looked at only when there is a
+        reason to, a millisecond's worth a turn.
         """
-        if not change.policies and not change.workloads:
-            return
-        running = self._checking is not None
-        self._checking = iter(list(self.inbound))  # from the start: those already asked saw older policies
-        if not running:
+        store = self._store
+        running = bool(self._checking)
+        for uid, group in self._groups.items():
+            if not change.policies and uid not in change.workloads:
+                continue
+            group.workload = store.workload_by_uid(uid) or group.workload
+            before, now = group.policies, store.policies_for(group.workload)
+            if now is not before:
+                group.policies = now
+                if (now.policies, now.missing) != (before.policies, before.missing):
+                    # From the start: those already asked saw older policies.
+                    self._checking[group] = iter(list(group.members))
+        if self._checking and not running:
             self._later(self._check_some)
 
     def _check_some(self) -> None:
-        checking = self._checking
-        if checking is None:
-            return
         end = self._clock() + _SLICE_SECONDS
-        for count, connection in enumerate(checking, 1):
-            self._current = connection
-            if not connection.closed:
-                connection.recheck()
-            if count % _SLICE_STEP == 0 and self._clock() >= end:
-                self._later(self._check_some)
-                return
-        self._checking = self._current = None
+        count = 0
+        while self._checking:
+            group, members = next(iter(self._checking.items()))
+            for connection in members:
+                self._current = connection
+                if not connection.closed:
+                    connection.recheck()
+                count += 1
+                if count % _SLICE_STEP == 0 and self._clock() >= end:
+                    self._later(self._check_some)
+                    return
+            if self._checking.get(group) is members:
+                del self._checking[group]
+        self._current = None
         calls, self._when_checked = self._when_checked, []
         for call in calls:
             call()
 
     def when_checked(self, call: Callable[[], object]) -> None:
         """Call once every connection was asked about by the policies as they are now; at once where all were."""
-        if self._checking is None:
-            call()
-        else:
+        if self._checking:
             self._when_checked.append(call)
+        else:
+            call()
 
     def on_fault(self) -> None:
         """A policy could not be asked: that connection is cut, and the others are asked."""

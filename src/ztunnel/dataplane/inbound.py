@@ -329,7 +329,7 @@ class StreamConnection(InboundConnection):
         """Record, register, ask, dial: in this order."""
         plane, plan, end = self.plane, self._plan, self._end
         end.user = self
-        plane.connections.inbound[self] = None
+        plane.connections.register(self)
         self.open_record(AccessRecord(plan.parties, plan.client, plane.reactor.now), plan.traffic)
         error = self.check()
         if error is not None:

@@ -95,7 +95,7 @@ class PlainConnection(InboundConnection):
         )
         record = AccessRecord(parties, address_text(peer), plane.reactor.now)
         traffic = plane.metrics.connection("destination", source, None, self.workload, service)
-        plane.connections.inbound[self] = None
+        plane.connections.register(self)
         self.open_record(record, traffic)
         error = self.check()
         if error is not None:
