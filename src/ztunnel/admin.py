@@ -1,6 +1,6 @@
 """The daemon's own pages: admin (15000 and a Unix socket), metrics (15020), readiness (15021).
 
-Nothing changes by GET, and no page shows a secret. What the pages show comes from `status.py`.
+Nothing changes by GET, and no page shows a secret. What the pages show comes from `view.py`.
 """
 
 from __future__ import annotations

@@ -17,9 +17,6 @@ import os
 import resource
 import signal
 import socket
-import ssl
-import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -28,22 +25,20 @@ from hbone.daemon import logs
 from hbone.daemon.http import HttpLimits, serve_asgi, unix_socket
 from hbone.errors import ConfigurationError, HboneError, IdentityError
 from hbone.version import VERSION
-from ztunnel import dump, heap
 from ztunnel.admin import Readiness, admin_app, readiness_app, stats_app
 from ztunnel.control.pace import Pace, QuietCollector
 from ztunnel.datapath import data_path
 from ztunnel.dataplane import Reactor
 from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dumpconfig import config_dump
-from ztunnel.errors import address_text
 from ztunnel.given import Given
 from ztunnel.membership import Membership
 from ztunnel.mesh.address import parse_ip
 from ztunnel.metrics import Metrics
-from ztunnel.profiler import sample
-from ztunnel.questions import answer
-from ztunnel.standing import add_gauges, timestamp
+from ztunnel.standing import add_gauges
+from ztunnel.systemd import notify, notify_main
 from ztunnel.takeover import PREPARE, TakeOver, TakeOverFailed, serve_takeover
+from ztunnel.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,11 +50,10 @@ if TYPE_CHECKING:
     from ztunnel.control.cache import StateDir
     from ztunnel.control.transport import Dial
     from ztunnel.dns.server import DnsProxy
-    from ztunnel.profiler import Stacks
 
     Pages = tuple[AsgiApp, Sequence[trio.SocketListener], tuple[str, ...] | None]
 
-__all__ = ["Daemon", "notify", "run"]
+__all__ = ["Daemon", "run"]
 
 PAGES = HttpLimits(request_seconds=600)
 """A dump of a large mesh takes its time, because connections go first; so does a profile."""
@@ -68,7 +62,6 @@ _TAKEOVER_SOCKET = "takeover-socket"
 _TAKEOVER_PATIENCE = 10.0  # seconds that one which takes over waits for discovery, before the disk's picture will do
 _LOCK_TRIES = 100
 _LOCK_STEP = 0.1  # seconds
-_BARRIER_SECONDS = 5.0
 
 log = logs.get_logger("ztunnel.app")
 
@@ -120,10 +113,7 @@ class Daemon:
         self.path = data_path(reactor, config, self.mesh, self.metrics)
         self.dns = self._make_dns() if config.dns_proxy else None
         self.readiness = Readiness("proxy", "state manager", *(["dns proxy"] if config.dns_proxy else []))
-        self._pages: dict[str, str] = {}
-        self._stop = trio.Event()
-        self._started = time.time()
-        self._draining = False
+        self.view = View(config, self.mesh, self.path, self.dns, self.readiness)
         self._given = given or Given()
         self._take_over = take_over
         self._when_serving = when_serving
@@ -187,7 +177,7 @@ class Daemon:
                 nursery.start_soon(self.mesh.run)
                 nursery.start_soon(self._begin, nursery, pages)
                 task_status.started()
-                await self._stop.wait()
+                await self.view.stopping.wait()
                 await self._drain()
                 nursery.cancel_scope.cancel()
         log.info("stopped")
@@ -213,12 +203,12 @@ class Daemon:
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> list[Pages]:
         config = self.config
-        admin = admin_app(self)
+        admin = admin_app(self.view)
         wanted = (
             ("admin", admin, config.loopback_host, config.admin_port, ()),
             (
                 "stats",
-                stats_app(self.metrics, self._refresh_counts),
+                stats_app(self.metrics, self.view.refresh_counts),
                 config.listen_host,
                 config.stats_port,
                 None,
@@ -231,7 +221,7 @@ class Daemon:
             for listener in listeners:
                 stack.push_async_callback(listener.aclose)
                 self._page_sockets.append((name, listener.socket))
-            self._pages[name] = _address_of(listeners[0])
+            self.view.pages[name] = _address_of(listeners[0])
             pages.append((app, listeners, hosts))
         if self.state is not None:
             path = self.state.admin_socket
@@ -374,7 +364,7 @@ class Daemon:
                 self.shut_down()
 
     async def _drain(self) -> None:
-        self._draining = True
+        self.view.draining = True
         if not self._handed_over:  # else systemd would take it for the unit's end
             notify("STOPPING=1", "STATUS=draining")
         connections = sum(self.path.open_connections().values())
@@ -384,106 +374,13 @@ class Daemon:
             await self.dns.drain()  # last, as what still runs resolves names
         self.path.close()
 
-    # what the pages show
-
     def shut_down(self) -> None:
         """Begin the drain; calling it again does nothing."""
-        self._stop.set()
-
-    async def refresh(self) -> None:
-        """Bring `status` up to date."""
-        await self.path.refresh("status")
-        await self.mesh.look_at_token()
-
-    async def _refresh_counts(self) -> None:
-        await self.path.refresh("counts")
-        await self.mesh.look_at_token()
-
-    def level_changed(self) -> None:
-        """The log level is another now."""
-        self.path.level_changed()
+        self.view.shut_down()
 
     def status(self) -> dict[str, Any]:
-        """The short view; of several processes as of the last `refresh`."""
-        path = self.path
-        dns = {"dns": address_text(self.dns.addresses[0])} if self.dns is not None and self.dns.addresses else {}
-        return self.mesh.status() | {
-            "version": VERSION,
-            "pid": os.getpid(),
-            "startedAt": timestamp(self._started),
-            "state": "draining" if self._draining else "ready" if self.readiness.ready else "starting",
-            "pending": self.readiness.pending,
-            "tunnels": path.tunnels(),
-            "connections": path.open_connections(),
-            "workers": path.workers(),
-            "listeners": path.listening() | dns | self._pages,
-            "keepsSources": path.transparent,
-        }
-
-    async def config_dump(self) -> dict[str, Any]:
-        """Everything that is known, without secrets. Source: Istio's ztunnel, config dump."""
-        await self.path.refresh("connections")
-        mesh = self.mesh
-        return {
-            **dump.mesh_dump(mesh.store),
-            "staticConfig": dump.static_dump(mesh.local),
-            "certificates": dump.dump_certificates(mesh.svids),
-            "version": {
-                "version": VERSION,
-                "pythonVersion": sys.version.split()[0],
-                "cryptoProvider": ssl.OPENSSL_VERSION,
-                "istioVersion": self.config.istio_version,
-            },
-            "config": config_dump(self.config),
-            "connections": self.path.connections(),
-            "tunnels": self.path.tunnels(),
-            "workloadState": dump.workload_state(
-                mesh.own_workload(), self.path.connections(), ready=self.readiness.ready
-            ),
-        }
-
-    async def profile(self, seconds: int, frequency: int) -> dict[str, Stacks]:
-        """Where the processes spend their CPU, by name.
-
-        Raises:
-            Busy: another profile is being taken.
-            ConfigurationError: this is not the main thread.
-        """
-        found: dict[str, Stacks] = {}
-
-        async def own() -> None:
-            found["daemon"] = await sample(seconds, frequency)
-
-        async def workers() -> None:
-            found.update(await self.path.profile(seconds, frequency))
-
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(own)
-                nursery.start_soon(workers)
-        except BaseExceptionGroup as group:
-            refused = group.subgroup(ConfigurationError)
-            if refused is None:
-                raise
-            raise _first(refused) from None
-        return dict(sorted(found.items()))
-
-    async def heap(self) -> dict[str, dict[str, Any]]:
-        """What fills the memory of the processes, by name."""
-        return {"daemon": await heap.look()} | await self.path.heap()
-
-    def trace_heap(self, on: bool) -> None:
-        """Begin, or end, to trace allocations in all processes."""
-        heap.trace(on)
-        self.path.trace_heap(on)
-
-    async def explain(self, destination: str, source: str | None) -> dict[str, Any]:
-        """What the mesh does with a connection.
-
-        Raises:
-            ConfigurationError: the question names nothing that is known.
-        """
-        return await answer(self.mesh, destination, source)
+        """The short view; of several processes as of the last `refresh` of the view."""
+        return self.view.status()
 
 
 def run(
@@ -576,39 +473,3 @@ def raise_descriptor_limit() -> int:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def notify(*lines: str) -> None:
-    """Tell systemd, where it waits to be told (`Type=notify`). Source: sd_notify(3)."""
-    _notify("\n".join(lines))
-
-
-async def notify_main() -> None:
-    """Tell systemd that we are the unit's main process, and wait until it knows: the old one may end next.
-
-    Source: sd_notify(3), MAINPID and BARRIER.
-    """
-    if not os.environ.get("NOTIFY_SOCKET"):
-        return
-    notify(f"MAINPID={os.getpid()}")
-    reading, writing = os.pipe()
-    try:
-        _notify("BARRIER=1", writing)
-    finally:
-        os.close(writing)
-    with trio.move_on_after(_BARRIER_SECONDS), contextlib.closing(trio.lowlevel.FdStream(reading)):
-        await trio.lowlevel.wait_readable(reading)  # it closed its end
-
-
-def _notify(text: str, fd: int | None = None) -> None:
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path.startswith(("/", "@")):
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.setblocking(False)
-        if fd is None:
-            sock.sendto(text.encode(), address)
-        else:
-            sock.connect(address)
-            socket.send_fds(sock, [text.encode()], [fd])

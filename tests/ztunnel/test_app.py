@@ -15,8 +15,8 @@ from tests.support.control_plane import ScriptedControlPlane
 from tests.support.daemon import Warnings, exchange, policy, running, settings, workload
 
 from hbone.errors import ConfigurationError
-from ztunnel.app import notify
 from ztunnel.control.transport import ControlPlaneError
+from ztunnel.systemd import notify
 
 if TYPE_CHECKING:
     from pathlib import Path

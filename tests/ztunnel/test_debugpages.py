@@ -149,6 +149,6 @@ async def test_workers_are_in_the_profile_and_in_the_heap() -> None:
         await ztunnel.until_ready()
         body = (await ztunnel.http("admin", "/debug/pprof/heap"))[1]
         assert all(f"{name}: " in body for name in ("daemon", "worker 0", "worker 1"))
-        stacks = await ztunnel.daemon.profile(1, 100)
+        stacks = await ztunnel.daemon.view.profile(1, 100)
         assert list(stacks) == ["daemon", "worker 0", "worker 1"]
         assert (await ztunnel.status())["workers"][0]["state"] == "serving"
