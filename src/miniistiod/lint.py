@@ -29,6 +29,7 @@ def findings(registry: Registry, trust_domain: str | None) -> list[Finding]:
         *_unused_slices(registry),
         *_waypoints(registry),
         *_unknown_waypoints(registry),
+        *_idle_policies(registry),
         *principals,
     ]
 
@@ -120,6 +121,20 @@ def _unknown_waypoints(registry: Registry) -> Iterator[Finding]:
                 " neither a service nor a workload, so connections through it are refused",
                 "add a WorkloadEntry or a service with that address",
             )
+
+
+def _idle_policies(registry: Registry) -> Iterator[Finding]:
+    """Policies for a waypoint that nothing goes through."""
+    used = {(item.meta.namespace, item.meta.name) for item in registry.waypoints_in_use()}
+    for policy in registry.documents.values():
+        for target in policy.targets if isinstance(policy, AuthorizationPolicy) else ():
+            if target.kind == "Gateway" and (target.namespace, target.name) not in used:
+                yield _warning(
+                    policy.meta,
+                    f"AuthorizationPolicy {policy.meta.namespace}/{policy.meta.name} is for the waypoint {target.name},"
+                    " which nothing uses, so it protects nothing",
+                    "label what it is to protect istio.io/use-waypoint",
+                )
 
 
 def _foreign_principals(registry: Registry, trust_domain: str) -> Iterator[Finding]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hbone.trio.grpc import GrpcStream
 
 GOLDEN = Path(__file__).parent / "golden"
-EXAMPLES = 3000 if FULL else 150
+EXAMPLES = 3000 if FULL else 100
 ROUTE = """
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute

@@ -361,6 +361,16 @@ def test_a_policy_for_a_waypoint_is_taken_where_somebody_else_programs_it(texts:
     assert [why in str(item) for item in found.errors] == [True]
 
 
+def test_a_policy_for_a_waypoint_that_nothing_uses_is_told() -> None:
+    target = {"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "wp"}
+    bound = document("AuthorizationPolicy", "p", {"targetRefs": [target], "rules": [{}]})
+    mesh = Mesh(waypoint(annotations=BY), bound, service_entry())
+    (warning,) = lint.findings(mesh.registry, "cluster.local")
+    assert "which nothing uses, so it protects nothing" in str(warning)
+    mesh.change(service_entry(labels={USE: "wp"}), entry("wp", "10.7.0.1"))
+    assert lint.findings(mesh.registry, "cluster.local") == []
+
+
 def test_a_policy_is_refused_where_the_waypoint_cannot_be_used_by_who_is_seen_in_its_namespace_only() -> None:
     """The service would be reached past it."""
     gate = waypoint(annotations=BY, allowed={"from": "All"}, namespace="infra")
