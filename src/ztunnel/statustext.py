@@ -24,7 +24,8 @@ def status_lines(found: dict[str, Any], now: float) -> list[str]:
         text = f"{identity['identity']}, {identity['state']}"
         if identity["expires"]:
             text += f", expires {_when(identity['expires'], now)}, renewed in {_span(identity['renewsInSeconds'])}"
-        rows.append(("identity", text + (f"; last error: {identity['error']}" if identity["error"] else "")))
+        error = identity["error"]
+        rows.append(("identity", text + (f"; last error: {error}" if error and error not in text else "")))
     ends = [(found[key], what) for key, what in (("rootsExpire", "roots"), ("tokenExpires", "token")) if found[key]]
     if ends:
         rows.append(("", ", ".join(f"{what} until {_when(when, now)}" for when, what in ends)))
@@ -40,12 +41,13 @@ def status_lines(found: dict[str, Any], now: float) -> list[str]:
         if plane["staleSince"] and plane["connected"]:
             text += f"; the mesh is as of {_when(plane['staleSince'], now)}"
         if plane["rejected"]:
-            text += f"; {plane['rejected']} resources rejected"
+            text += f"; {_many(plane['rejected'], 'resource')} rejected"
         rows.append(("control plane", text + (f"; {plane['error']}" if plane["error"] else "")))
     mesh = found["mesh"]
-    text = f"{mesh['workloads']} workloads, {mesh['services']} services, {mesh['policies']} policies"
+    text = f"{_many(mesh['workloads'], 'workload')}, {_many(mesh['services'], 'service')}"
+    text += f", {mesh['policies']} {'policy' if mesh['policies'] == 1 else 'policies'}"
     if mesh["rulingPolicies"] is not None:
-        text += f", of which {mesh['rulingPolicies']} rule this workload"
+        text += f", {mesh['rulingPolicies'] or 'none'} of them for this workload"
     rows.append(("mesh", text))
     if not mesh["knowsWorkload"]:
         rows.append(("", "this workload is not in it: its connections are refused"))
@@ -53,7 +55,9 @@ def status_lines(found: dict[str, Any], now: float) -> list[str]:
     tunnels = found["tunnels"]
     streams = sum(tunnel["streams"] for tunnel in tunnels)
     outbound = sum(tunnel["direction"] == "outbound" for tunnel in tunnels)
-    rows.append(("tunnels", f"{outbound} outbound, {len(tunnels) - outbound} inbound, {streams} streams on them"))
+    rows.append(
+        ("tunnels", f"{outbound} outbound, {len(tunnels) - outbound} inbound, {_many(streams, 'stream')} on them")
+    )
     connections = found["connections"]
     rows.append(("connections", f"{connections['outbound']} outbound, {connections['inbound']} inbound"))
     workers = found.get("workers")
@@ -68,7 +72,7 @@ def status_lines(found: dict[str, Any], now: float) -> list[str]:
 def _revocation_text(revocation: dict[str, Any], now: float) -> str:
     text = "no lists"
     if revocation["lists"]:
-        text = f"{revocation['certificates']} certificates taken back, by {revocation['lists']} lists"
+        text = f"{_many(revocation['certificates'], 'certificate')} taken back, by {_many(revocation['lists'], 'list')}"
         text += f", as of {_when(revocation['asOf'], now)}"
         if revocation["overdue"]:
             text += f", due for replacement since {_when(revocation['nextUpdate'], now)} and still in force"
@@ -83,6 +87,10 @@ def _workers_text(workers: list[dict[str, Any]]) -> str:
     restarts = sum(worker["restarts"] for worker in workers)
     text = f"{serving} of {len(workers)} serving (pid {pids})"
     return text + (f"; {restarts} replaced since the start" if restarts else "")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _when(timestamp: str, now: float) -> str:

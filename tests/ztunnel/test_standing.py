@@ -82,7 +82,7 @@ async def test_revocation_lists_are_told_with_number_age_and_whether_they_are_ov
         as_of = datetime.datetime.fromisoformat(found["asOf"]).timestamp()
         text = line(printed(status, as_of + 90), "revocation")
         assert text.startswith(
-            f"1 certificates taken back, by 1 lists, as of {found['asOf']} (1 min 30 s ago),"
+            f"1 certificate taken back, by 1 list, as of {found['asOf']} (1 min 30 s ago),"
             f" next due {found['nextUpdate']} (in "
         )
         assert (await values(ztunnel))["ztunnel_revocation_lists"] == 1
