@@ -6,6 +6,7 @@ Source: `ztunnel.mesh`, whose store is filled here from the catalog as discovery
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -32,6 +33,8 @@ _NOWHERE = ipaddress.IPv4Address("0.0.0.0")
 MAX_IDENTITIES = 40
 MAX_TARGETS = 60
 """Of a table of who may reach what."""
+MAX_ENDPOINTS = 25
+"""Of each service that are looked at for that table; `explain` looks at those that are chosen."""
 
 
 class ExplainError(HboneError):
@@ -245,7 +248,7 @@ def _verdict(store: Store, source: Workload, service: Any, port: int) -> str:
     if service.namespace_only and service.namespace != source.namespace:
         return "-"
     found: set[bool] = set()
-    for uid, endpoint in store.members(service).items():
+    for uid, endpoint in itertools.islice(store.members(service).items(), MAX_ENDPOINTS):
         workload = store.workloads.get(uid)
         target = endpoint.ports.get(port) or service.ports.get(port) or port
         if workload is not None and workload.protocol is not Protocol.HBONE:

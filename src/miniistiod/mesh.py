@@ -94,6 +94,8 @@ class Mesh:
         self._listeners: dict[object, Callable[[], None]] = {}
         self._present: dict[object, tuple[Node, Caller]] = {}
         self._followers: list[Callable[[], None]] = []
+        self._looks = 0
+        """How often documents may have changed, also where the catalog did not."""
         self._told: tuple[int, tuple[str, ...]] = (-1, ())
         self._view = MeshView()
         self._looking = trio.Lock()
@@ -120,6 +122,7 @@ class Mesh:
     async def reload(self) -> None:
         """Read what changed in the directory; bring it in force if it is good."""
         async with self._lock:
+            self._looks += 1
             try:
                 await trio.to_thread.run_sync(self._read)
                 self._check()
@@ -219,6 +222,7 @@ class Mesh:
         return None if numbers == self._vips else numbers
 
     def _apply(self, plan: Plan) -> None:
+        self._looks += 1
         if self.catalog.apply(plan):
             for wake in list(self._listeners.values()):
                 wake()
@@ -228,8 +232,8 @@ class Mesh:
     async def warnings(self) -> tuple[str, ...]:
         """What probably is not as it was meant, within documents and between them."""
         async with self._lock:
-            if self._told[0] != self.catalog.number:
-                self._told = (self.catalog.number, await trio.to_thread.run_sync(self._warnings))
+            if self._told[0] != self._looks:
+                self._told = (self._looks, await trio.to_thread.run_sync(self._warnings))
             return self._told[1]
 
     def _warnings(self) -> tuple[str, ...]:

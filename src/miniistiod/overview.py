@@ -11,7 +11,7 @@ import html
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from miniistiod.explain import reachability
+from miniistiod.explain import MAX_ENDPOINTS, reachability
 from miniistiod.wording import says
 from ztunnel.mesh.policy import Action, PolicyScope
 from ztunnel.mesh.workload import Protocol
@@ -201,8 +201,8 @@ def _matrix(found: dict[str, Any], short: Callable[[object], str]) -> str:
     note = "<p><small>Not all of the mesh: ask 'miniistiod explain' for the rest.</small></p>" if found["cut"] else ""
     return (
         "<h2>Who may talk to whom</h2><p><small>Identities, and the ports of services, by the policies of the services'"
-        " endpoints. some: of the endpoints; plain: reached in plaintext, and only a ztunnel there would ask; waypoint:"
-        " decided there; -: no endpoint.</small></p>"
+        f" endpoints, {MAX_ENDPOINTS} at most. some: of the endpoints; plain: reached in plaintext, and only a ztunnel"
+        " there would ask; waypoint: decided there; -: no endpoint.</small></p>"
         f'<div class="scroll"><table id="reachability"><thead><tr><th rowspan="2">from</th>{head}</tr><tr>{ports}</tr>'
         f"</thead><tbody>{''.join(lines)}</tbody></table></div>{note}"
     )

@@ -395,6 +395,27 @@ async def test_a_rejection_is_shown(tmp_path: Path, capsys: pytest.CaptureFixtur
             assert r"1 policies (sent), 3 addresses (sent)  shop/orders: \x1b[31mno" in out
 
 
+async def test_a_warning_comes_and_goes_with_a_document_that_nobody_is_sent(tmp_path: Path) -> None:
+    async with control_plane(tmp_path) as cp:
+        before = (await admin(cp, "/ready"))["warnings"]
+        path = tmp_path / "mesh" / "slice.yaml"
+        path.write_text(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n"
+            "metadata: {name: e, labels: {kubernetes.io/service-name: nobody}}\naddressType: IPv4\n"
+        )
+
+        async def until(count: int) -> list[str]:
+            with trio.fail_after(30):
+                while len(found := (await admin(cp, "/ready"))["warnings"]) != count:
+                    await trio.sleep(0.01)
+            return [text for text in found if text not in before]
+
+        (warning,) = await until(len(before) + 1)
+        assert "the Service nobody, which is not there" in warning
+        path.unlink()
+        assert await until(len(before)) == []
+
+
 async def test_a_third_stream_of_a_node_ends_the_oldest(tmp_path: Path) -> None:
     async with control_plane(tmp_path) as cp:
         token = bearer(cp.create_token("shop", "orders", reusable=True))
