@@ -213,7 +213,7 @@ def _prepare(running: Mesh, ports: EnvoyPorts) -> None:
         if not isinstance(host, NamespaceHost):
             continue
         if name != CONTROL_PLANE:
-            host.capture(bypass=[PORTS[DIRECT], ports.hbone], elsewhere={PORTS[ENVOY]: ports.outbound})
+            host.capture(bypass=[PORTS[DIRECT], ports.hbone], elsewhere={PORTS[ENVOY]: ports.outbound}, dns=None)
         settings = "echo 16384 65000 > ip_local_port_range; echo 1 > tcp_tw_reuse"
         subprocess.run(host.command("sh", "-c", f"cd /proc/sys/net/ipv4; {settings}"), check=True, timeout=10)
 

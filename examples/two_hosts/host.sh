@@ -8,4 +8,7 @@ export ZTUNNEL_STATE_DIR="${3:-/var/lib/ztunnel}"
 export PACKET_MARK=1337
 [ -e "$ZTUNNEL_STATE_DIR/enrolment.json" ] || ztunnel enroll --server "$1" --token-file "$2"
 nft -f "$here/capture.nft"
+if id systemd-resolve >/dev/null 2>&1; then
+  nft insert rule inet hbone_dns output meta skuid systemd-resolve accept
+fi
 exec ztunnel run

@@ -6,11 +6,13 @@ import contextlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from tests.support.dns import ask_from
 
 from hbone.testing.hosts import NamespaceHost, hosts, namespace_obstacle
 
@@ -87,6 +89,8 @@ async def test_two_hosts_by_hand(tmp_path: Path) -> None:
                 stack.enter_context(_started(host, tmp_path / f"{host.name}.log", *command))
             for address, port in ((orders.address, 8080), ("10.96.0.10", 80)):
                 assert await _asked(web, address, port) == b"orders here", _logs(tmp_path)
+            ask = partial(ask_from, web.make, "127.0.0.53", "orders.shop.mesh", tcp=False)  # where nobody hears
+            assert await trio.to_thread.run_sync(ask) == ["10.96.0.10"]
         log = (tmp_path / "orders.log").read_text()
         assert "spiffe://cluster.local/ns/shop/sa/web" in log
         nursery.cancel_scope.cancel()

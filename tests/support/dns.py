@@ -274,3 +274,30 @@ def records(message: dns.message.Message) -> list[str]:
         for rrset in message.answer
         for rdata in rrset
     )
+
+
+def ask_from(
+    make: Callable[[Callable[[], socket.socket]], socket.socket], server: str, name: str, *, tcp: bool
+) -> list[str]:
+    """What an application hears that asks `server`, on the host where `make` makes sockets: addresses, or an rcode."""
+    query = dns.message.make_query(name, "A")
+    kind = socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM
+    with make(lambda: socket.socket(socket.AF_INET, kind)) as sock:
+        sock.settimeout(20)
+        sock.connect((server, 53))
+        wire = query.to_wire()
+        if tcp:
+            sock.sendall(len(wire).to_bytes(2, "big") + wire)
+            reply = b""
+            while len(reply) < 2 or len(reply) < 2 + int.from_bytes(reply[:2], "big"):
+                part = sock.recv(65_535)
+                assert part
+                reply += part
+            reply = reply[2:]
+        else:
+            sock.send(wire)
+            reply = sock.recv(65_535)
+    answer = dns.message.from_wire(reply)
+    if answer.rcode() != dns.rcode.NOERROR:
+        return [dns.rcode.to_text(answer.rcode())]
+    return [record.to_text() for rrset in answer.answer for record in rrset]

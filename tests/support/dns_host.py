@@ -19,12 +19,12 @@ import trio
 from tests.support.dns import CLIENT, Resolver, Someone
 from tests.support.mesh import service, store_of
 
+from hbone.testing.hosts import PACKET_MARK, dns_rules
 from ztunnel.dns.resolvconf import Resolvers
 from ztunnel.dns.server import DnsProxy
 from ztunnel.mesh import parse_ip
 from ztunnel.metrics import Metrics
 
-MARK = 1337
 SEARCH = "ns1.svc.cluster.local svc.cluster.local cluster.local lan"
 ZONE = {
     ("outside.example", "A"): ["198.51.100.1", "198.51.100.2"],
@@ -59,16 +59,6 @@ STORE = store_of(
 )
 NAMES = ["alias.example", "big.example", "four.example", "outside.example", "printer.lan", "printer", "nobody.example"]
 MESH_NAMES = ["web", "web.ns1", "web.ns1.svc.cluster.local", "cart.ns2", "cart", "api.partner.example", "large"]
-RULES = """
-table inet dns {
-  chain output {
-    type nat hook output priority -100;
-    meta mark 1337 accept
-    udp dport 53 redirect to :15053
-    tcp dport 53 redirect to :15053
-  }
-}
-"""
 
 
 def run(*command: str, text: str | None = None, check: bool = True) -> str:
@@ -130,7 +120,7 @@ async def main(directory: Path) -> None:
             Metrics(),
             addresses=[(parse_ip("127.0.0.1"), 53), (parse_ip("127.0.0.1"), 15053), (parse_ip("::1"), 15053)],
             resolvers=Resolvers(trio.current_time, path=stub),
-            mark=MARK,
+            mark=PACKET_MARK,
         )
         proxy.bind()
         await nursery.start(proxy.run)
@@ -139,7 +129,7 @@ async def main(directory: Path) -> None:
             "direct": await trio.to_thread.run_sync(look, "127.0.0.53", directory),
             "nameserver": await trio.to_thread.run_sync(look, "127.0.0.1", directory),
         }
-        run("nft", "-f", "-", text=RULES)
+        run("nft", "-f", "-", text=dns_rules())
         forget_soon()
         found["captured"] = await trio.to_thread.run_sync(look, "127.0.0.53", directory)
         found["elsewhere"] = await trio.to_thread.run_sync(look, "192.0.2.53", directory)

@@ -26,7 +26,16 @@ from hbone.errors import HboneError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-__all__ = ["Host", "HostsError", "LoopbackHost", "NamespaceHost", "hosts", "namespace_obstacle"]
+__all__ = [
+    "Host",
+    "HostsError",
+    "LoopbackHost",
+    "NamespaceHost",
+    "capture_rules",
+    "dns_rules",
+    "hosts",
+    "namespace_obstacle",
+]
 
 CLONE_NEWNET = 0x4000_0000
 PACKET_MARK = 1337
@@ -59,6 +68,8 @@ def capture_rules(
     *,
     bypass: Sequence[int] = (),
     elsewhere: Mapping[int, int] | None = None,
+    dns: int | None = None,
+    resolver_user: int | str | None = None,
 ) -> str:
     """The nftables rules with which a host's TCP goes through its ztunnel, both ways.
 
@@ -70,6 +81,8 @@ def capture_rules(
         hbone: the tunnel port, which is never captured.
         bypass: destination ports that are left alone, both ways.
         elsewhere: outgoing connections to these ports go to those local ports instead.
+        dns: where questions to port 53 go, see `dns_rules`; None leaves them alone.
+        resolver_user: user of a resolver on this host.
     """
     passing = "".join(f"    tcp dport {port} accept\n" for port in bypass)
     moved = "".join(f"    tcp dport {port} redirect to :{to}\n" for port, to in (elsewhere or {}).items())
@@ -89,6 +102,30 @@ table ip hbone {{
 {passing}    ip protocol tcp redirect to :{inbound}
   }}
 }}
+""" + ("" if dns is None else dns_rules(dns, resolver_user=resolver_user))
+
+
+def dns_rules(port: int = 15053, *, resolver_user: int | str | None = None) -> str:
+    """The rules with which this host's DNS questions, UDP and TCP, go to its ztunnel's DNS proxy.
+
+    Questions to a resolver on this host itself go there too. They come before the rules for TCP. What the proxy asks
+    in turn carries the mark and passes; so must what a resolver on this host asks, or the proxy's own questions to
+    that resolver would come back to it.
+
+    Args:
+        port: of the DNS proxy, on 127.0.0.1 and ::1.
+        resolver_user: user of a resolver on this host, such as systemd-resolve, if there is one.
+    """
+    passing = "" if resolver_user is None else f"    meta skuid {resolver_user} accept\n"
+    return f"""\
+table inet hbone_dns {{
+  chain output {{
+    type nat hook output priority -101; policy accept;
+    meta mark & 0xfff == {PACKET_MARK:#x} accept
+{passing}    udp dport 53 redirect to :{port}
+    tcp dport 53 redirect to :{port}
+  }}
+}}
 """
 
 
@@ -104,7 +141,7 @@ def namespace_obstacle() -> str:
     try:
         _run(["ip", "netns", "add", name])
         try:
-            _run(["ip", "netns", "exec", name, "nft", "-f", "-"], capture_rules())
+            _run(["ip", "netns", "exec", name, "nft", "-f", "-"], capture_rules(dns=15053))
         finally:
             _run(["ip", "netns", "del", name])
     except HostsError as error:
@@ -266,9 +303,17 @@ class NamespaceHost(Host):
         text = _run(self.command("cat", "/proc/net/tcp"))
         return [line.split() for line in text.splitlines()[1:]]
 
-    def capture(self, *, bypass: Sequence[int] = (), elsewhere: Mapping[int, int] | None = None) -> None:
-        """Send this host's TCP through its ztunnel; see `capture_rules`."""
-        _run(self.command("nft", "-f", "-"), capture_rules(bypass=bypass, elsewhere=elsewhere))
+    def capture(
+        self,
+        *,
+        bypass: Sequence[int] = (),
+        elsewhere: Mapping[int, int] | None = None,
+        dns: int | None = 15053,
+        resolver_user: int | str | None = None,
+    ) -> None:
+        """Send this host's TCP and DNS through its ztunnel; see `capture_rules`."""
+        rules = capture_rules(bypass=bypass, elsewhere=elsewhere, dns=dns, resolver_user=resolver_user)
+        _run(self.command("nft", "-f", "-"), rules)
         self.captured = True
 
     def tap(self) -> socket.socket:

@@ -19,9 +19,10 @@ from ztunnel.mesh.address import parse_ip
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ztunnel.config import Config
     from ztunnel.mesh.address import IpAddress
 
-__all__ = ["Names", "look_up", "resolve"]
+__all__ = ["Names", "look_up", "lookup_for", "resolve"]
 
 RESOLVE_SECONDS: Final = 5.0
 """How long an answer may take."""
@@ -100,6 +101,22 @@ async def look_up(hostname: str) -> list[IpAddress]:
     except (OSError, UnicodeError) as exc:
         raise ResolutionFailed(hostname, str(exc)) from exc
     return [parse_ip(str(entry[4][0])) for entry in entries]
+
+
+def lookup_for(config: Config) -> Callable[[str], Awaitable[list[IpAddress]]]:
+    """How hosts behind names of the mesh are looked up: past our own DNS proxy, where that may be in the way."""
+    if config.packet_mark is None or not config.dns_proxy:
+        return look_up
+    made: list[Callable[[str], Awaitable[list[IpAddress]]]] = []
+
+    async def marked(hostname: str) -> list[IpAddress]:
+        if not made:
+            from ztunnel.dns.client import MarkedLookup  # brings dnspython, for the first name only
+
+            made.append(MarkedLookup(config))
+        return await made[0](hostname)
+
+    return marked
 
 
 async def resolve(hostname: str, hint: IpAddress) -> IpAddress:

@@ -13,7 +13,7 @@ from hbone.errors import ErrorCode, LocalProtocolError
 from ztunnel.dataplane.connections import AppConnection
 from ztunnel.dataplane.dial import Dial
 from ztunnel.dataplane.inner import InnerDial
-from ztunnel.dataplane.names import Names
+from ztunnel.dataplane.names import Names, lookup_for
 from ztunnel.dataplane.plan import GatewayPlan, Plan, plan_of
 from ztunnel.dataplane.reactor import GONE, READ_WRITE
 from ztunnel.dataplane.relay import ENDS, Relay, join
@@ -66,7 +66,7 @@ class Outbound:
         self.plane = plane
         self.dialer = dialer
         self.inner = inner
-        self.names = Names(plane.reactor.clock, ipv6=plane.config.ipv6_enabled)
+        self.names = Names(plane.reactor.clock, ipv6=plane.config.ipv6_enabled, lookup=lookup_for(plane.config))
         """Workloads that are known by host name."""
         self.pending: dict[OutboundConnection, None] = {}
         """Not answered yet, the oldest first."""
