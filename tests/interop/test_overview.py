@@ -15,7 +15,7 @@ from miniistiod.pages import admin_app
 
 pytestmark = pytest.mark.interop
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SECONDS = 60.0
+SECONDS = 100.0
 MESH = (Path(__file__).parents[1] / "data" / "overview.yaml").read_text()
 
 

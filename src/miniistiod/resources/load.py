@@ -277,8 +277,21 @@ class Loader:
 
 def _file(path: str, text: str) -> _File:
     findings = Findings(path)
-    found = [_document(value, path, position, findings) for position, value in enumerate(documents(text, findings))]
+    values = [item for value in documents(text, findings) for item in _items(value, findings)]
+    found = [_document(value, path, position, findings) for position, value in enumerate(values)]
     return _File(tuple(item for item in found if item is not None), tuple(findings.items), findings.errors)
+
+
+def _items(value: Value, findings: Findings) -> list[Value]:
+    """A document, or those of a list as kubectl writes it."""
+    kind = value.items.get("kind") if isinstance(value, Tree) else None
+    if not isinstance(value, Tree) or kind is None or getattr(kind[1], "text", "") != "List":
+        return [value]
+    reader = Reader(value, "", findings)
+    reader.ignore("apiVersion", "kind", "metadata")
+    items = [item for _, item in reader.elements("items") or ()]
+    reader.finish()
+    return items
 
 
 def _title(resource: Resource) -> str:

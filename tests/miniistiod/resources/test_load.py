@@ -270,6 +270,19 @@ def test_an_empty_policy_is_taken_and_allows_nobody() -> None:
     assert policy.rules == ()
 
 
+def test_a_list_as_kubectl_writes_it_is_its_items() -> None:
+    text = "apiVersion: v1\nkind: List\nmetadata: {resourceVersion: ''}\nitems:\n"
+    items = "".join(f"- apiVersion: v1\n  kind: Namespace\n  metadata: {{name: {name}}}\n" for name in ("a", "b", "a"))
+    resources = read(text + items)
+    assert [item.meta.name for item in resources.resources] == ["a", "b"]
+    assert [str(item) for item in resources.errors] == [
+        "a.yaml:13: error: Namespace a is defined a second time, first at a.yaml:7; keep one of them"
+    ]
+    assert read(text).resources == ()
+    assert "items is a mapping instead of a list" in errors(text.replace("items:", "items: {}"))[0]
+    assert "unknown field item" in errors(text.replace("items:", "item:"))[0]
+
+
 def test_a_namespace_needs_no_spec() -> None:
     assert read("apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n").of(Namespace)
 
