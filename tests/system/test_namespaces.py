@@ -13,6 +13,7 @@ import pytest
 import trio
 from tests.support.lab import DOCUMENTS, ECHO, NAMED, ORDERS, SANDWICHED, WHO, Lab, lab, needs_namespaces
 from tests.support.shop import serve_echo, until
+from tests.support.sizes import FULL
 
 from hbone.errors import ConnectRejected, HboneError
 
@@ -59,7 +60,10 @@ spec:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with lab(tmp_path_factory.mktemp("lab"), DOCUMENTS + INNER, CONNECTION_TERMINATION_DEADLINE="20s") as running:
+    environment = {"CONNECTION_TERMINATION_DEADLINE": "20s"}
+    if FULL:
+        environment["ZTUNNEL_WORKER_THREADS"] = "2"
+    with lab(tmp_path_factory.mktemp("lab"), DOCUMENTS + INNER, **environment) as running:
         yield running
 
 
