@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
 from typing import TYPE_CHECKING
 
 import attrs
@@ -444,6 +447,49 @@ async def test_an_app_that_gives_up_takes_its_half_made_tunnel_along(crossing: C
     reset(stream)
     await nothing_left(crossing)
     await silent[0].aclose()
+
+
+async def test_silence_behind_the_gateway_is_an_error_after_ten_seconds(crossing: Crossing) -> None:
+    silent = await trio.open_tcp_listeners(0, host=crossing.gateway.ip)
+    crossing.gateway.targets[:] = [(crossing.gateway.ip, silent[0].socket.getsockname()[1])]
+    stream = await crossing.connect()
+    await crossing.settle(lambda: any(t.connected for t in crossing.client.plane.inner.tunnels))
+    (tunnel,) = crossing.client.plane.inner.tunnels
+    tunnel.on_time(crossing.reactor.clock() + 9)
+    assert not tunnel.closed
+    tunnel.on_time(crossing.reactor.clock() + 11)
+    await is_cut(stream)
+    await crossing.settle(lambda: bool(crossing.client.log.errors))
+    assert "TLS handshake was not complete after 10 s" in crossing.client.log.errors[0]
+    await nothing_left(crossing)
+    await silent[0].aclose()
+
+
+async def test_no_descriptor_is_left_behind(crossing: Crossing) -> None:
+    async with await answer(crossing):
+        pass
+    await nothing_left(crossing)
+    await crossing.settle(lambda: not crossing.server.plane.inbound.tunnels)
+    before = len(os.listdir("/proc/self/fd"))
+    rng = random.Random(5)
+    for number in range(30):
+        crossing.gateway.answers[:] = [503] if number % 5 == 0 else []
+        if number % 5 == 1:
+            crossing.gateway.targets.insert(0, (crossing.gateway.ip, 1))
+        stream = await crossing.connect()
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(b"x" * rng.randrange(1, 100_000))
+            with trio.fail_after(30):
+                await stream.receive_some()
+        if rng.random() < 0.5:
+            reset(stream)
+        else:
+            await stream.aclose()
+        if number % 5 == 1:
+            crossing.gateway.targets[:] = [(crossing.server.ip, 15008)]
+    await nothing_left(crossing)
+    await crossing.settle(lambda: not crossing.server.plane.inbound.tunnels)
+    await crossing.settle(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 async def test_sleeping_readers_bound_what_is_taken_in() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support.nested import Nested
@@ -178,3 +178,63 @@ def test_system_calls_of_a_mebibyte_are_those_of_a_plain_tunnel() -> None:
     nested.outer_calls.clear()
     carry(nested, bytes(4 * MIB), up=False)
     assert nested.outer_calls["recv"] <= 4 * 30
+
+
+def test_a_peer_behind_the_gateway_that_falls_silent_ends_its_tunnel_alone() -> None:
+    """The outer tunnel's answers say nothing of who is behind."""
+    nested = Nested()
+    nested.sockets.remove(nested.far.tunnel_socket)
+    nested.inner.on_time(10.0)
+    nested.settle()
+    nested.inner.on_time(29.0)
+    assert nested.client.lost == []
+    nested.inner.on_time(31.0)
+    nested.settle()
+    assert "PING not answered" in str(nested.client.lost[0])
+    assert not nested.outer.closed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_gateway_makes_of_the_bytes_nothing_false_arrives(seed: int) -> None:
+    """It flips, drops, repeats and adds bytes; what the app got is a beginning of what was said, and no end of it."""
+    rng = random.Random(seed)
+    nested = Nested(between=64 * 1024)
+    said = rng.randbytes(50_000)
+    nested.far.from_app.put(said)
+    wire = nested.gateway.from_app
+    honest = wire.put
+    after = rng.randrange(2, 12)
+    count = 0
+
+    def spoil(data: Any) -> int:
+        nonlocal count
+        count += 1
+        if count != after:
+            return honest(data)
+        spoilt = bytearray(data)
+        where = rng.randrange(len(spoilt))
+        match seed % 4:
+            case 0:
+                spoilt[where] ^= 1 << rng.randrange(8)
+            case 1:
+                del spoilt[where]
+            case 2:
+                spoilt[where:where] = rng.randbytes(rng.randrange(1, 40))
+            case _:
+                spoilt += spoilt[where:]
+        honest(spoilt)
+        return len(data)
+
+    wire.put = spoil  # type: ignore[method-assign]
+    came = bytearray()
+    for _ in range(20):
+        nested.settle()
+        came += taken(nested.client.to_app)
+        nested.far.from_app.put(b"more")
+    said += b"more" * 20
+    assert said.startswith(bytes(came))
+    if count >= after:
+        assert len(came) < len(said)
+        # A length that was made larger is waited for.
+        assert len(nested.client.lost) == len(nested.client.ended) == int(nested.inner.closed)
+    assert not nested.outer.closed
