@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["PAGES", "DebugView", "debug_routes"]
 
 PAGES = (
-    ("/debug/pprof/profile?seconds=10", "where the CPU time goes, as a flame graph; &format=collapsed as text"),
+    (
+        "/debug/pprof/profile?seconds=10",
+        "where the CPU time goes, as a flame graph; for programs &format=pprof or collapsed",
+    ),
     ("/debug/pprof/heap", "what fills the memory"),
     ("/debug/pprof/heap/profiling", "POST ?activate=true or false: trace which lines allocate, at a cost"),
 )
@@ -52,8 +55,8 @@ def debug_routes(view: DebugView) -> dict[str, Route]:
         if frequency is None:
             return Page.text(f"invalid frequency value; expected 1-{MAX_FREQUENCY}\n", 400)
         form = request.query.get("format", "svg")
-        if form not in ("svg", "collapsed"):
-            return Page.text("invalid format value; expected svg or collapsed\n", 400)
+        if form not in ("svg", "collapsed", "pprof"):
+            return Page.text("invalid format value; expected svg, collapsed or pprof\n", 400)
         try:
             found = await view.profile(seconds, frequency)
         except Busy as error:
@@ -63,6 +66,11 @@ def debug_routes(view: DebugView) -> dict[str, Route]:
         stacks = joined(found)
         if form == "collapsed":
             return Page.text(collapsed(stacks))
+        if form == "pprof":
+            from ztunnel.pprof import pprof
+
+            body = pprof(stacks, seconds, frequency, time.time())
+            return Page(content_type="application/octet-stream", body=body)
         used = sum(stacks.values()) / 1e6
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         note = (

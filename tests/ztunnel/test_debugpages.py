@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import threading
 import time
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import trio
+from google.protobuf import descriptor_pb2, message_factory
 from tests.support.daemon import running, settings
 
 from hbone.errors import ConfigurationError
 from ztunnel import heap, profiler
 from ztunnel.flamegraph import WIDTH, flame_graph
+from ztunnel.pprof import pprof
 from ztunnel.profiler import Busy, collapsed, joined, sample
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -74,6 +78,48 @@ def test_collapsed_is_a_line_a_stack() -> None:
     assert collapsed(STACKS).splitlines() == ['main;f<"x"> 3000000', "main;g:h 1000000", "other 2000000", "thin 10"]
 
 
+def test_pprof_is_read_back_by_its_definition() -> None:
+    file = descriptor_pb2.FileDescriptorProto(name="profile.proto", syntax="proto3")
+    kinds = {"int": 3, "text": 9, "message": 11}
+
+    def message(name: str, *fields: tuple[str, int, str, str]) -> None:
+        found = file.message_type.add(name=name)
+        for field, number, kind, label in fields:
+            kept = found.field.add(name=field, number=number, type=kinds.get(kind, 11), label=3 if label else 1)
+            if kind not in kinds:
+                kept.type_name = kind
+
+    message("ValueType", ("type", 1, "int", ""), ("unit", 2, "int", ""))
+    message("Sample", ("location_id", 1, "int", "many"), ("value", 2, "int", "many"))
+    message("Line", ("function_id", 1, "int", ""))
+    message("Location", ("id", 1, "int", ""), ("line", 4, "Line", "many"))
+    message("Function", ("id", 1, "int", ""), ("name", 2, "int", ""), ("system_name", 3, "int", ""))
+    message(
+        "Profile",
+        ("sample_type", 1, "ValueType", "many"),
+        ("sample", 2, "Sample", "many"),
+        ("location", 4, "Location", "many"),
+        ("function", 5, "Function", "many"),
+        ("string_table", 6, "text", "many"),
+        ("time_nanos", 9, "int", ""),
+        ("duration_nanos", 10, "int", ""),
+        ("period_type", 11, "ValueType", ""),
+        ("period", 12, "int", ""),
+    )
+    found: Any = message_factory.GetMessages([file])["Profile"]()
+    found.ParseFromString(gzip.decompress(pprof(STACKS, 2.0, 100, 1_700_000_000.0)))
+    texts = found.string_table
+    assert texts[0] == ""
+    assert (texts[found.sample_type[0].type], texts[found.sample_type[0].unit]) == ("cpu", "nanoseconds")
+    names = {function.id: texts[function.name] for function in found.function}
+    places = {place.id: names[place.line[0].function_id] for place in found.location}
+    stacks = {
+        tuple(places[number] for number in reversed(sample.location_id)): sample.value[0] for sample in found.sample
+    }
+    assert stacks == {stack: spent * 1000 for stack, spent in STACKS.items()}
+    assert (found.time_nanos, found.duration_nanos, found.period) == (1_699_999_998 * 10**9, 2 * 10**9, 10**7)
+
+
 def test_stacks_of_several_processes_stand_below_their_names() -> None:
     assert joined({"daemon": STACKS}) is STACKS
     assert joined({"daemon": {("a",): 1}, "worker 0": {("a",): 2}}) == {("daemon", "a"): 1, ("worker 0", "a"): 2}
@@ -120,7 +166,7 @@ async def test_the_page_is_a_graph_or_text_and_refuses_what_is_out_of_bounds() -
             ("seconds=301", "invalid seconds value; expected 1-300\n"),
             ("seconds=x", "invalid seconds value; expected 1-300\n"),
             ("frequency=1001", "invalid frequency value; expected 1-1000\n"),
-            ("format=pdf", "invalid format value; expected svg or collapsed\n"),
+            ("format=pdf", "invalid format value; expected svg, collapsed or pprof\n"),
         ):
             assert await ztunnel.http("admin", f"/debug/pprof/profile?{query}") == (400, what)
 
