@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import attrs
 import trio
 
-from bench import policy
+from bench import crowd, policy
 from bench.catalogue import WORKLOADS, Workload, of_stage
 from bench.errors import BenchError
 from bench.figures import OURS, Facts, Samples
@@ -212,6 +212,13 @@ async def _scale(outcome: Outcome, running: Stage, load: LoadProcess, workloads:
     plan = outcome.plan
     for value in policy.microseconds(POLICIES, plan.rounds):
         outcome.fact("policy_us", OURS, value)
+    if not plan.workloads:
+        progress("a mesh of 100,000 workloads")
+        sizes = (plan.pushed, plan.pushed // 10)
+        found = await trio.to_thread.run_sync(crowd.figures, plan.rounds, *sizes)
+        for fact, each in found.items():
+            for value in each:
+                outcome.fact(fact, OURS, value)
     chosen = {workload.name for workload in workloads}
     await _rounds(outcome, running, load, [w for w in workloads if w.name == "steady"])
     if "steady_flood" in chosen:

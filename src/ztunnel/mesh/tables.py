@@ -64,7 +64,10 @@ class Tables:
     def insert_workload(self, workload: Workload) -> None:
         """New, or in place of the one of the same uid."""
         uid = workload.uid
-        if uid in self.workloads:
+        old = self.workloads.get(uid)
+        if old is not None:
+            if self._replaced(old, workload):
+                return
             self.remove_workload(uid, keep=workload.services)
         self.workloads[uid] = workload
         if not workload.host_network:
@@ -88,6 +91,27 @@ class Tables:
             self.by_hostname.setdefault((workload.namespace, workload.hostname), {})[uid] = workload
         for key, ports in workload.services.items():
             self.members.setdefault(key, {})[uid] = Endpoint(uid, ports, workload.healthy)
+
+    def _replaced(self, old: Workload, new: Workload) -> bool:
+        """Put a workload in the place of another that is found by the same, alone; most changes are of that kind."""
+        if (old.name, old.network, old.hostname) != (new.name, new.network, "") or old.host_network or new.host_network:
+            return False
+        if old.addresses != new.addresses or self.by_name.get(new.name) is not old:
+            return False
+        addresses = self.by_address.get(new.network, {})
+        for ip in new.addresses:
+            if addresses.get(ip) is not old:
+                return False
+        if new.hostname or (old.services is not new.services and old.services.keys() != new.services.keys()):
+            return False
+        uid = new.uid
+        self.workloads[uid] = self.by_name[new.name] = new
+        for ip in new.addresses:
+            addresses[ip] = new
+        if old.healthy != new.healthy or old.services != new.services:
+            for key, ports in new.services.items():
+                self.members[key][uid] = Endpoint(uid, ports, new.healthy)
+        return True
 
     def remove_workload(self, uid: str, keep: Iterable[str] = ()) -> None:
         """Forget one that is here; its endpoints in the services `keep` are about to be replaced in place."""
