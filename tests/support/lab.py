@@ -236,7 +236,7 @@ async def _running(
     documents: str,
     ztunnels: Iterable[str],
     networks: Mapping[str, str],
-    environment: dict[str, str],
+    environment: Mapping[str, str],
 ) -> AsyncIterator[Lab]:
     names = ["alpha", "beta", "gamma", "delta", "epsilon", "plain"]
     started = mesh(directory, names, namespaces=True, documents={"lab": documents}, capture=False, network="10.78.0")
@@ -277,7 +277,7 @@ def lab(
     documents: str = DOCUMENTS,
     ztunnels: Iterable[str] = tuple(ZTUNNELS),
     networks: Mapping[str, str] | None = None,
-    **environment: str,
+    environment: Mapping[str, str] | None = None,
 ) -> AbstractContextManager[Lab]:
     """Run it for the body, in a thread.
 
@@ -288,4 +288,4 @@ def lab(
         networks: of hosts that are on another than the others.
         environment: of all ztunnels.
     """
-    return background(lambda: _running(directory, documents, ztunnels, networks or {}, environment))
+    return background(lambda: _running(directory, documents, ztunnels, networks or {}, environment or {}))

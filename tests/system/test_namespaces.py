@@ -63,7 +63,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     environment = {"CONNECTION_TERMINATION_DEADLINE": "20s"}
     if FULL:
         environment["ZTUNNEL_WORKER_THREADS"] = "2"
-    with lab(tmp_path_factory.mktemp("lab"), DOCUMENTS + INNER, **environment) as running:
+    with lab(tmp_path_factory.mktemp("lab"), DOCUMENTS + INNER, environment=environment) as running:
         yield running
 
 
