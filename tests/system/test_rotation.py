@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from tests.support.shop import NAMESPACES, echo, shop
+from tests.support.shop import ECHO, NAMESPACES, echo, shop
 from tests.support.sizes import FULL, size
 
 from miniistiod.rotation import Step
@@ -136,3 +136,28 @@ async def test_no_connection_fails_while_the_root_is_rotated(tmp_path: Path, nam
         assert new != old
         assert applications.failed == []
         assert applications.done > size(400, 100)
+
+
+@pytest.mark.skipif(not FULL, reason="takes two lifetimes more; the short run has the rotation with restarts")
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.timeout(300)
+async def test_a_connection_outlives_the_root_that_it_was_made_under(tmp_path: Path, workers: int) -> None:
+    environment = SHORT if workers == 1 else {**SHORT, "ZTUNNEL_WORKER_THREADS": str(workers)}
+    async with shop(tmp_path, namespaces=NAMESPACES, environment=environment) as running:
+        long = await running.connect("alpha", running.hosts["beta"].address, ECHO)
+        async with long, trio.open_nursery() as nursery:
+            await long.send_all(b"begin")
+            assert await long.receive_some() == b"begin"
+            applications = Applications(running)
+            nursery.start_soon(applications.run)
+            with Store.open(tmp_path / "state") as store:
+                await rotate(running, "--skew", "500ms")
+                await until(lambda: (found := store.rotation()) is not None and found.step is Step.SIGNING)
+                await applications.until_more()
+                await rotate(running, "--finish", "serving")
+                await until(lambda: store.rotation() is None)
+                await applications.until_more(100)
+            await long.send_all(b"still here")
+            assert await long.receive_some() == b"still here"
+            nursery.cancel_scope.cancel()
+        assert applications.failed == []
