@@ -54,6 +54,18 @@ def joined(kind: type[TlsConnection] = TlsConnection) -> tuple[TlsConnection, Tl
 # The handshake
 
 
+def test_the_tail_of_a_buffer_is_the_same_memory() -> None:
+    buffer = IoBuffer(20)
+    client = TlsConnection(TlsContext.client(CLIENT), server=False)
+    client.handshake()
+    tail = buffer.tail(9)
+    tail.size = 5
+    assert client.data_to_send_into(tail) == 5
+    assert bytes(buffer.array[:9]) == bytes(9)
+    assert bytes(buffer.array[9:12]) == b"\x16\x03\x01"  # a handshake record
+    assert bytes(buffer.array[14:]) == bytes(6)
+
+
 def test_openssl_is_called_directly_here() -> None:
     assert hbone.openssl.DIRECT
 
@@ -313,6 +325,8 @@ def test_a_peer_that_may_not_come_is_told_by_an_alert(kind: type[TlsConnection])
     assert isinstance(at_server, PeerIdentityError)
     assert str(CLIENT.id) in str(at_server)
     assert "not authorized" in str(at_server)
+    assert (server.peer_id, server.refused_id) == (None, CLIENT.id)
+    assert client.refused_id is None
     assert isinstance(at_client, TlsError)
 
 
