@@ -277,14 +277,14 @@ def records(message: dns.message.Message) -> list[str]:
 
 
 def ask_from(
-    make: Callable[[Callable[[], socket.socket]], socket.socket], server: str, name: str, *, tcp: bool
+    make: Callable[[Callable[[], socket.socket]], socket.socket], server: str, name: str, *, tcp: bool, port: int = 53
 ) -> list[str]:
     """What an application hears that asks `server`, on the host where `make` makes sockets: addresses, or an rcode."""
     query = dns.message.make_query(name, "A")
     kind = socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM
     with make(lambda: socket.socket(socket.AF_INET, kind)) as sock:
         sock.settimeout(20)
-        sock.connect((server, 53))
+        sock.connect((server, port))
         wire = query.to_wire()
         if tcp:
             sock.sendall(len(wire).to_bytes(2, "big") + wire)

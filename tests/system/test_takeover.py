@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 import trio
+from tests.support.dns import ask_from
 from tests.support.load import Load
 from tests.support.shop import NAMESPACES, echo, shop, until
 from tests.support.sizes import FULL, size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from hbone.testing.hosts import Host
     from hbone.testing.mesh import Mesh, Ztunnel
 
 COUNT = size(2000, 80)
 """Connections before, between and after, at 200 a second as far as the machine can."""
+
+PARTNER = """\
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: partner, namespace: shop}
+spec:
+  hosts: [api.partner.example]
+  addresses: [240.240.0.9]
+  ports: [{number: 9000, name: tcp, protocol: TCP}]
+  resolution: STATIC
+  endpoints: [{address: "{beta}"}]
+"""
 
 pytestmark = pytest.mark.timeout(900 if COUNT > 200 else 240)
 
@@ -63,6 +79,10 @@ async def take_turns(running: Mesh, load: Load, turns: list[tuple[str, str]]) ->
     load.stop()
 
 
+async def answered(ask: Callable[[], list[str]], wanted: list[str]) -> bool:
+    return await trio.to_thread.run_sync(ask) == wanted
+
+
 async def poll_pages(ztunnel: Ztunnel, done: trio.Event) -> int:
     """Ask for readiness and metrics all the while; how often."""
     count = 0
@@ -74,14 +94,28 @@ async def poll_pages(ztunnel: Ztunnel, done: trio.Event) -> int:
     return count
 
 
+async def ask_names(host: Host, done: trio.Event) -> None:
+    """Ask the DNS proxy all the while."""
+    while not done.is_set():
+        for tcp in (False, True):
+            ask = partial(ask_from, host.make, host.address, "api.partner.example", tcp=tcp, port=15053)
+            assert await trio.to_thread.run_sync(ask) == ["240.240.0.9"]
+        await trio.sleep(0.02)
+
+
 async def test_both_sides_are_taken_over_at_200_connects_a_second(tmp_path: Path) -> None:
-    """The pages answer all the while, too."""
-    async with shop(tmp_path, namespaces=False, environment={"CONNECTION_TERMINATION_DEADLINE": "20s"}) as running:
+    """The pages and the DNS proxy answer all the while, too."""
+    settings = {"CONNECTION_TERMINATION_DEADLINE": "20s"}
+    async with shop(tmp_path, namespaces=False, environment=settings, documents={"partner": PARTNER}) as running:
+        alpha = running.hosts["alpha"]
+        ask = partial(ask_from, alpha.make, alpha.address, "api.partner.example", tcp=False, port=15053)
+        assert await until(partial(answered, ask, ["240.240.0.9"]))
         load, done = Load(running), trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(load.run)
             nursery.start_soon(poll_pages, running.ztunnels["alpha"], done)
             nursery.start_soon(poll_pages, running.ztunnels["beta"], done)
+            nursery.start_soon(ask_names, alpha, done)
             await take_turns(running, load, [("beta", "1"), ("alpha", "1")])
             done.set()
         assert load.failed == []
