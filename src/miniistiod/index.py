@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
 
 __all__ = ["LabelIndex", "SelectorIndex", "selects"]
 
@@ -73,10 +73,6 @@ class LabelIndex(Generic[K]):
     def of(self, namespace: str) -> Iterable[K]:
         """Everything in a namespace."""
         return self._namespaces.get(namespace, ())
-
-    def __iter__(self) -> Iterator[K]:
-        for things in self._namespaces.values():
-            yield from things
 
     def selected(self, namespace: str | None, selector: Mapping[str, str]) -> list[K]:
         """What a selector selects in a namespace, or with None in all of them."""

@@ -362,13 +362,26 @@ def test_a_policy_for_a_waypoint_is_taken_where_somebody_else_programs_it(texts:
 
 
 def test_a_policy_for_a_waypoint_that_nothing_uses_is_told() -> None:
-    target = {"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "wp"}
-    bound = document("AuthorizationPolicy", "p", {"targetRefs": [target], "rules": [{}]})
+    bound = bound_policy("Gateway", "wp", "gateway.networking.k8s.io")
     mesh = Mesh(waypoint(annotations=BY), bound, service_entry())
     (warning,) = lint.findings(mesh.registry, "cluster.local")
     assert "which nothing uses, so it protects nothing" in str(warning)
     mesh.change(service_entry(labels={USE: "wp"}), entry("wp", "10.7.0.1"))
     assert lint.findings(mesh.registry, "cluster.local") == []
+
+
+@pytest.mark.parametrize(
+    ("gates", "why"),
+    [
+        ([], "there is no such Gateway"),
+        ([waypoint()], "nobody here programs the waypoint shop/wp"),
+        ([waypoint(annotations=BY, address=None)], "has no address, so traffic would go past it"),
+    ],
+)
+def test_a_policy_for_a_waypoint_itself_is_refused_where_it_would_not_be_enforced(gates: list[str], why: str) -> None:
+    bound = bound_policy("Gateway", "wp", "gateway.networking.k8s.io")
+    (error,) = load({f"{number}.yaml": text for number, text in enumerate([*gates, bound])}).errors
+    assert why in str(error)
 
 
 def test_a_policy_is_refused_where_the_waypoint_cannot_be_used_by_who_is_seen_in_its_namespace_only() -> None:

@@ -93,9 +93,6 @@ class Delta:
         """Documents that are gone."""
         return [key for key in self.before if key not in self.changed]
 
-    def __bool__(self) -> bool:
-        return bool(self.before) or self.mesh is not None
-
 
 @attrs.frozen(eq=False)
 class _File:

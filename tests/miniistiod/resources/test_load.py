@@ -28,6 +28,7 @@ HEAD = {
     "WG": "apiVersion: networking.istio.io/v1\nkind: WorkloadGroup\nmetadata: {name: g, namespace: shop}\nspec:\n",
     "GW": "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: w, namespace: shop}\nspec:\n",
     "ROUTE": "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: shop}\nspec:\n",
+    "SLICE": "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: e}\n",
     "SVC": "apiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: shop}\nspec:\n",
 }
 HOSTS = "  hosts: [a.mesh]\n  ports: [{number: 80, name: http, protocol: HTTP}]\n"
@@ -123,10 +124,53 @@ def errors(text: str) -> list[str]:
             "write one of All, Same, Selector",
         ),
         ("ROUTE", "  rules: []\n", 3, "is bound to nothing"),
+        ("AP", "  rules: [{when: []}]\n", 5, "spec.rules[0].when is empty"),
+        ("AP", "  targetRef: {kind: Service, name: w, namespace: other}\n", 5, "it is of another namespace"),
+        ("PA", "  portLevelMtls: [80]\n  selector: {matchLabels: {a: b}}\n", 5, "portLevelMtls is not a mapping"),
+        ("SE", "  hosts: [a.mesh, a.mesh]\n  ports: [{number: 80, name: http}]\n", 5, "names 'a.mesh' twice"),
+        (
+            "SE",
+            HOSTS + "  resolution: STATIC\n  endpoints: [{address: 10.0.0.1}]\n  workloadSelector: {labels: {a: b}}\n",
+            5,
+            "both endpoints and workloadSelector",
+        ),
+        ("SE", HOSTS + "  subjectAltNames: ['']\n", 7, "empty; write a SPIFFE ID"),
+        ("SE", HOSTS + "status: {addresses: [{host: a.mesh, value: x}]}\n", 7, "not an IP address"),
+        ("WE", "  address: a..b\n", 5, "spec.address is 'a..b'"),
+        (
+            "WE",
+            "  address: 10.0.0.1\n  ports: [80]\n",
+            6,
+            "spec.ports is a list instead of a mapping; write 'name: port'",
+        ),
+        ("WE", "  address: 10.0.0.1\n  labels: [a]\n", 6, "spec.labels is a list instead of a mapping"),
+        ("WE", "  address: 10.0.0.1\n  weight: heavy\n", 6, "spec.weight is 'heavy', not a whole number"),
+        ("SVC", "  ports: []\n", 5, "spec.ports names no port"),
+        ("SVC", "  ports: [{name: x}]\n", 5, "spec.ports[0].port is missing"),
+        ("SVC", "  ports: [{port: 80}]\n  clusterIP: x\n", 5, "spec.clusterIP is 'x'"),
+        ("SVC", "  ports: [{port: 80}]\n  publishNotReadyAddresses: 'yes'\n", 6, "is yes; write true or false"),
+        ("SVC", "  ports: [{port: 80}]\nstatus: {loadBalancer: {ingress: [{ip: x}]}}\n", 6, "ip is 'x'"),
+        ("GW", "  gatewayClassName: x\n  addresses: [{}]\n", 6, "spec.addresses[0].value is missing"),
+        (
+            "GW",
+            "  gatewayClassName: x\n  listeners:\n  - port: 1\n    protocol: HBONE\n    allowedRoutes: {namespaces:"
+            " {from: Selector, selector: {matchExpressions: [{key: a}]}}}\n",
+            9,
+            "key and operator is missing",
+        ),
+        (
+            "GW",
+            "  gatewayClassName: x\n  listeners:\n  - port: 1\n    protocol: HBONE\n    allowedRoutes: {namespaces:"
+            " {from: Selector, selector: {matchExpressions: [{key: a, operator: In}]}}}\n",
+            9,
+            "has 0 values for In",
+        ),
+        ("SLICE", "endpoints: [{addresses: ['fd00::1']}]\naddressType: IPv4\n", 4, "an address that is not IPv4"),
+        *[(kind, None, 1, "spec is missing") for kind in ("AP", "PA", "SE", "WE", "WG", "GW", "SVC")],
     ],
 )
-def test_a_wrong_field_is_an_error_with_its_line(kind: str, spec: str, line: int, what: str) -> None:
-    found = errors(HEAD[kind] + spec)
+def test_a_wrong_field_is_an_error_with_its_line(kind: str, spec: str | None, line: int, what: str) -> None:
+    found = errors(HEAD[kind].removesuffix("spec:\n") if spec is None else HEAD[kind] + spec)
     assert any(item.startswith(f"a.yaml:{line}: error: ") and what in item for item in found), found
 
 
@@ -220,6 +264,8 @@ def test_hosts_are_compared_in_lower_case() -> None:
         ("caCertificates: [{pem: x}]\n", "would have others believed"),
         ("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\n", "REGISTRY_ONLY is not enforced"),
         ("serviceScopeConfigs: [{scope: GLOBAL}]\n", "about several clusters"),
+        ("network: a/b\n", "network is 'a/b'"),
+        ("serviceEntryVisibility: {policies: [{visibility: NONE}]}\n", "namespaceSelector and visibility is missing"),
     ],
 )
 def test_a_wrong_mesh_config_is_an_error(text: str, what: str) -> None:
