@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import socket
+import struct
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pytest
 import trio
 from tests.support.lab import DOCUMENTS, ECHO, NAMED, ORDERS, SANDWICHED, WHO, Lab, lab, needs_namespaces
 from tests.support.shop import serve_echo, until
-from tests.support.sizes import FULL
+from tests.support.sizes import FULL, size
 
 from hbone.errors import ConnectRejected, HboneError
 
@@ -115,6 +116,50 @@ async def test_a_client_without_ztunnel_comes_in_without_an_identity(found: Lab)
     assert "src.identity" not in line
     labels = ('source_workload="legacy"', 'source_principal="unknown"', 'connection_security_policy="unknown"')
     assert await found.total("beta", "istio_tcp_connections_opened_total", *labels) >= 1
+
+
+@pytest.mark.parametrize(("source", "target"), [("alpha", "beta"), ("alpha", "plain"), ("plain", "beta")])
+async def test_megabytes_arrive_whole_on_every_way_and_each_direction_ends_by_itself(
+    found: Lab, source: str, target: str
+) -> None:
+    data = bytes(range(256)) * 4096 * size(64, 8)
+    back = bytearray()
+    with trio.fail_after(120):
+        async with await found.connect(source, found.address(target)) as stream, trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                await stream.send_all(data)
+                await stream.send_eof()
+
+            nursery.start_soon(send)
+            while part := await stream.receive_some():
+                back += part
+    assert bytes(back) == data
+
+
+@pytest.mark.parametrize(("source", "target"), [("alpha", "beta"), ("alpha", "plain"), ("plain", "beta")])
+async def test_a_reset_reaches_the_application_on_every_way(found: Lab, source: str, target: str) -> None:
+    host, port = found.host(target), 9200
+    broken = trio.Event()
+
+    async def wait_for_reset(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.send_all(await stream.receive_some())
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+            broken.set()
+
+    listener = await host.listen(port)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, wait_for_reset, [listener])
+        stream = await found.connect(source, host.address, port)
+        await stream.send_all(HELLO)
+        assert await stream.receive_some() == HELLO
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stream.socket.close()
+        with trio.fail_after(30):
+            await broken.wait()
+        nursery.cancel_scope.cancel()
 
 
 STRICT = """\
