@@ -451,7 +451,8 @@ class PortableTlsConnection(TlsConnection):
         view = memoryview(data)
         try:
             while view:
-                view = view[self._connection.send(view) :]
+                sent = self._connection.send(view)
+                view = view[sent:]
         except SSL.Error:
             self._write_failed("the connection failed before")
 

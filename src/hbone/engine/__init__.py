@@ -251,7 +251,7 @@ class Engine(Inbound):
         for payload, sent in self._pings.items():
             if payload in (KEEPALIVE_PING, LIVENESS_PING):
                 deadline = min(deadline, sent + self._config.keepalive_timeout)
-        return None if deadline is _NEVER else deadline
+        return None if deadline == _NEVER else deadline
 
     def on_time(self, now: float) -> list[Event]:
         """Do what is due: PINGs, the second GOAWAY, and the end of a connection whose peer is late.

@@ -131,7 +131,7 @@ class Control(Outbound):
             raise RemoteProtocolError(
                 f"a header block of {size} bytes; the limit is {limit}", ErrorCode.ENHANCE_YOUR_CALM
             )
-        if self._block_deadline is _NEVER:
+        if self._block_deadline == _NEVER:
             self._block_deadline = self._now + self._config.preface_timeout
 
     def _is_idle(self, stream_id: int) -> bool:
@@ -369,7 +369,7 @@ class Control(Outbound):
         if flags & ACK:
             if payload:
                 raise RemoteProtocolError("a SETTINGS acknowledgement with payload", ErrorCode.FRAME_SIZE_ERROR)
-            if self._settings_deadline is _NEVER:
+            if self._settings_deadline == _NEVER:
                 self._guard.count(Flood.STRAY, self._now)
             self._settings_deadline = _NEVER
             return
@@ -458,7 +458,7 @@ class Control(Outbound):
 
     def _begin_drain(self) -> None:
         """First GOAWAY of two; a client needs one, since servers open no streams. Source: RFC 9113 §6.8."""
-        if self._drain_deadline is not _NEVER or self._finishing:
+        if self._drain_deadline != _NEVER or self._finishing:
             return
         self._draining = True
         if self._client:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from hbone.engine import WindowBudget
-from ztunnel.dataplane.connections import Connections, Plane
+from ztunnel.dataplane.connections import Connections
 from ztunnel.dataplane.dialer import Dialer, IdentitySource
 from ztunnel.dataplane.inbound import Inbound
 from ztunnel.dataplane.inner import InnerTunnels
@@ -22,6 +22,7 @@ from ztunnel.dataplane.listener import Listener, open_listeners
 from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dataplane.outbound import Outbound
 from ztunnel.dataplane.passthrough import Passthrough
+from ztunnel.dataplane.plane import Plane
 from ztunnel.dataplane.reactor import Reactor
 from ztunnel.dataplane.recall import Recall, RevocationSource
 from ztunnel.dataplane.sockets import SocketCalls, SocketOptions, local_addresses

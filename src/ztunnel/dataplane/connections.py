@@ -8,8 +8,6 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any, Final
 
-import attrs
-
 from ztunnel.errors import DataplaneError, PolicyChanged, ResponseFlag, address_text
 from ztunnel.jsonstream import Rows
 from ztunnel.logs import INBOUND, OUTBOUND
@@ -18,43 +16,19 @@ from ztunnel.mesh.rbac import decide
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ztunnel.config import Config
-    from ztunnel.dataplane.local import LocalWorkload
-    from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.dataplane.plane import Plane
     from ztunnel.dataplane.relay import Relay
-    from ztunnel.dataplane.sockets import SocketCalls
-    from ztunnel.logs import AccessLog, AccessRecord
-    from ztunnel.mesh.address import IpAddress
+    from ztunnel.logs import AccessRecord
     from ztunnel.mesh.rbac import Connection as PolicyFacts
     from ztunnel.mesh.rbac import PolicySet
     from ztunnel.mesh.store import Change, Store
     from ztunnel.mesh.workload import Workload
-    from ztunnel.metrics import Metrics, Traffic
+    from ztunnel.metrics import Traffic
 
-__all__ = ["AppConnection", "Connections", "InboundConnection", "Plane"]
+__all__ = ["AppConnection", "Connections", "InboundConnection"]
 
 _SLICE_SECONDS: Final = 0.001
 _SLICE_STEP: Final = 16
-
-
-@attrs.define(kw_only=True, eq=False)
-class Plane:
-    """What every part of one data path shares."""
-
-    reactor: Reactor
-    calls: SocketCalls
-    config: Config
-    store: Store
-    local: LocalWorkload
-    metrics: Metrics
-    log: AccessLog
-    connections: Connections
-    own_ports: frozenset[int] = frozenset()
-    """Ports of our own listeners."""
-    own_addresses: frozenset[IpAddress] = frozenset()
-    """Addresses of this host's interfaces, at start."""
-    hbone_port: int = 15_008
-    """Where peers take tunnels."""
 
 
 class AppConnection:

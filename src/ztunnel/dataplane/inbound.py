@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from hbone.engine.flow import WindowBudget
     from hbone.events import Headers
     from hbone.identity import Identity
-    from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.dialer import IdentitySource
+    from ztunnel.dataplane.plane import Plane
     from ztunnel.dataplane.recall import Recall
     from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.mesh.address import Address

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from hbone.events import Headers
     from hbone.pool import PoolKey
-    from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.dialer import Dialer
     from ztunnel.dataplane.inner import InnerTunnels
+    from ztunnel.dataplane.plane import Plane
     from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
     from ztunnel.mesh.address import Address, IpAddress

@@ -15,7 +15,7 @@ from ztunnel.mesh.rbac import Connection as PolicyFacts
 if TYPE_CHECKING:
     import socket
 
-    from ztunnel.dataplane.connections import Plane
+    from ztunnel.dataplane.plane import Plane
     from ztunnel.mesh.address import Address
     from ztunnel.mesh.workload import Workload
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hbone.events import Headers
     from hbone.identity import SpiffeId
-    from ztunnel.dataplane.connections import Plane
+    from ztunnel.dataplane.plane import Plane
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
     from ztunnel.mesh.address import Address
     from ztunnel.mesh.inbound import InboundTarget

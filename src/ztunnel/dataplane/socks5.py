@@ -32,8 +32,8 @@ from ztunnel.mesh.address import canonical
 if TYPE_CHECKING:
     import socket
 
-    from ztunnel.dataplane.connections import Plane
     from ztunnel.dataplane.outbound import Outbound
+    from ztunnel.dataplane.plane import Plane
     from ztunnel.mesh.address import Address, IpAddress
     from ztunnel.mesh.workload import Workload
 

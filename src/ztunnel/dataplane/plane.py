@@ -1,0 +1,40 @@
+"""What every part of one data path shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from ztunnel.config import Config
+    from ztunnel.dataplane.connections import Connections
+    from ztunnel.dataplane.local import LocalWorkload
+    from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.dataplane.sockets import SocketCalls
+    from ztunnel.logs import AccessLog
+    from ztunnel.mesh.address import IpAddress
+    from ztunnel.mesh.store import Store
+    from ztunnel.metrics import Metrics
+
+__all__ = ["Plane"]
+
+
+@attrs.define(kw_only=True, eq=False)
+class Plane:
+    """What every part of one data path shares."""
+
+    reactor: Reactor
+    calls: SocketCalls
+    config: Config
+    store: Store
+    local: LocalWorkload
+    metrics: Metrics
+    log: AccessLog
+    connections: Connections
+    own_ports: frozenset[int] = frozenset()
+    """Ports of our own listeners."""
+    own_addresses: frozenset[IpAddress] = frozenset()
+    """Addresses of this host's interfaces, at start."""
+    hbone_port: int = 15_008
+    """Where peers take tunnels."""
