@@ -13,7 +13,7 @@ import trio
 from hbone.daemon import logs
 from hbone.daemon.loglevels import Levels
 from hbone.errors import ConfigurationError
-from ztunnel import debugpages, jsonstream
+from ztunnel import debugpages, exposition, jsonstream
 from ztunnel.logscopes import SCOPES
 from ztunnel.pages import Page, router
 
@@ -162,8 +162,8 @@ def stats_app(metrics: Metrics, refresh: Callable[[], Awaitable[None]] = trio.lo
 
     async def page(request: Request) -> Page:
         await refresh()
-        content_type, body = metrics.exposition(request.accept)
-        return Page(content_type=content_type, body=body)
+        body = await jsonstream.collect_pieces(exposition.lines(metrics.families()))
+        return Page(content_type=exposition.content_type(request.accept), body=body)
 
     return router({"/metrics": page, "/stats/prometheus": page})
 

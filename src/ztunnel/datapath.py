@@ -156,7 +156,8 @@ class OneProcess:
     async def refresh(self, what: str) -> None:
         """Bring the counters of live connections up to date; the rest always is."""
         if what == "counts":
-            self.plane.account()
+            for _ in self.plane.connections.accounting():
+                await trio.lowlevel.checkpoint()
         await trio.lowlevel.checkpoint()
 
     def listening(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ Indented and with sorted keys, as `json.dumps(value, indent=2, sort_keys=True)` 
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +16,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
-__all__ = ["ENTRIES", "Rows", "collect", "in_order", "write"]
+__all__ = ["ENTRIES", "Rows", "collect", "collect_pieces", "in_order", "write", "write_pieces"]
 
 ENTRIES: Final = 32
 """Entries of lists that are made between two turns; about a millisecond's worth."""
@@ -63,9 +64,14 @@ async def write(value: Mapping[str, Any], send: Callable[[bytes], Awaitable[obje
         value: The object; what is long in it is `Rows`.
         send: Takes the next part of the text; not called again before it returns.
     """
+    await write_pieces(itertools.chain(_pieces(value, "\n"), ["\n"]), send)
+
+
+async def write_pieces(pieces: Iterable[str], send: Callable[[bytes], Awaitable[object]]) -> None:
+    """Send a text whose pieces are made when they are read, with turns of the loop in between."""
     waiting: list[str] = []
     size = 0
-    for count, piece in enumerate(_pieces(value, "\n"), 1):
+    for count, piece in enumerate(pieces, 1):
         waiting.append(piece)
         size += len(piece)
         if size >= CHUNK:
@@ -74,17 +80,22 @@ async def write(value: Mapping[str, Any], send: Callable[[bytes], Awaitable[obje
             size = 0
         if count % ENTRIES == 0:
             await trio.lowlevel.checkpoint()
-    await send(("".join(waiting) + "\n").encode())
+    await send("".join(waiting).encode())
 
 
 async def collect(value: Mapping[str, Any]) -> bytes:
     """`value` as JSON in one piece, made with turns of the loop in between."""
+    return await collect_pieces(itertools.chain(_pieces(value, "\n"), ["\n"]))
+
+
+async def collect_pieces(pieces: Iterable[str]) -> bytes:
+    """A text in one piece, as `write_pieces` makes it."""
     parts: list[bytes] = []
 
     async def keep(part: bytes) -> None:
         parts.append(part)
 
-    await write(value, keep)
+    await write_pieces(pieces, keep)
     return b"".join(parts)
 
 

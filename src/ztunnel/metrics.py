@@ -5,21 +5,23 @@
 
 from __future__ import annotations
 
-import os
-import resource
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from ztunnel import exposition
 from ztunnel.errors import ResponseFlag
+from ztunnel.exposition import Family, by_label, single
+from ztunnel.labels import DNS, SOURCE, UNKNOWN, Labels, by_name, connection_labels, dns_labels, merged, source_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
     from prometheus_client.metrics_core import Metric
 
     from hbone.connect import Baggage
     from hbone.identity import SpiffeId
+    from ztunnel.exposition import Sample
     from ztunnel.mesh.service import Service
     from ztunnel.mesh.workload import Workload
 
@@ -28,59 +30,8 @@ __all__ = ["MAX_SERIES", "Counts", "DnsKey", "Labels", "Metrics", "Traffic"]
 MAX_SERIES: Final = 4096
 """Label sets of connections that are told apart. Baggage of peers decides labels, and must not fill our memory."""
 
-_UNKNOWN: Final = "unknown"
-_SOURCE: Final = (
-    "source_workload",
-    "source_canonical_service",
-    "source_canonical_revision",
-    "source_workload_namespace",
-    "source_principal",
-    "source_app",
-    "source_version",
-    "source_cluster",
-)
-_DESTINATION: Final = (
-    "destination_service",
-    "destination_service_namespace",
-    "destination_service_name",
-    "destination_workload",
-    "destination_canonical_service",
-    "destination_canonical_revision",
-    "destination_workload_namespace",
-    "destination_principal",
-    "destination_app",
-    "destination_version",
-    "destination_cluster",
-)
-_LOCALITY: Final = ("source_region", "source_zone", "destination_region", "destination_zone")
-
-Labels = tuple[str, tuple[str, ...], tuple[str, ...], str, tuple[str, ...]]
-"""Reporter, source, destination, security policy, locality (empty when nothing is known)."""
 DnsKey = tuple[tuple[str, ...], str]
 """Source and host name."""
-
-
-@attrs.frozen
-class Sample:
-    """One value of a family."""
-
-    name: str
-    labels: Mapping[str, str]
-    value: float
-
-
-@attrs.define
-class Family:
-    """A metric by name, as the page shows it."""
-
-    name: str
-    documentation: str
-    type: str
-    samples: list[Sample] = attrs.field(factory=list)
-
-    def add_sample(self, name: str, labels: Mapping[str, str], value: float) -> None:
-        """One value more."""
-        self.samples.append(Sample(name, labels, value))
 
 
 class Traffic:
@@ -131,19 +82,9 @@ class Traffic:
 
     def label_dict(self, flag: ResponseFlag) -> dict[str, str]:
         """All labels in Istio's order."""
-        reporter, source, destination, policy, locality = self.labels
-        return {
-            "reporter": reporter,
-            **dict(zip(_SOURCE, source, strict=True)),
-            **dict(zip(_DESTINATION, destination, strict=True)),
-            "request_protocol": "tcp",
-            "response_flags": flag.value,
-            "connection_security_policy": policy,
-            **(dict(zip(_LOCALITY, locality, strict=True)) if locality else {}),
-        }
+        return by_name(self.labels, flag)
 
 
-_DNS: Final = ("request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision")
 _DNS_BOUNDS: Final = (0.0005, 0.001, 0.01, 0.1, 1.0, 5.0)
 
 
@@ -157,6 +98,15 @@ class _Forwarding:
         self.count = 0
         self.failures = 0
         self.seconds = 0.0
+
+    def samples(self, labels: dict[str, str]) -> Iterator[Sample]:
+        """Of a histogram."""
+        name = "istio_dns_upstream_request_duration_seconds"
+        for bound, count in zip(_DNS_BOUNDS, self.buckets, strict=True):
+            yield f"{name}_bucket", {**labels, "le": str(bound)}, count
+        yield f"{name}_bucket", {**labels, "le": "+Inf"}, self.count
+        yield f"{name}_sum", labels, self.seconds
+        yield f"{name}_count", labels, self.count
 
 
 @attrs.define
@@ -201,7 +151,7 @@ class Metrics:
         version: Version label of `istio_build`.
     """
 
-    def __init__(self, version: str = _UNKNOWN) -> None:
+    def __init__(self, version: str = UNKNOWN) -> None:
         self._version = version
         self.counts = Counts()
         """Of the data path in this process."""
@@ -226,7 +176,7 @@ class Metrics:
         destination: Workload | None,
         service: Service | None,
         destination_identity: SpiffeId | None = None,
-        security_policy: str = _UNKNOWN,
+        security_policy: str = UNKNOWN,
         baggage: Baggage | None = None,
     ) -> Traffic:
         """The counters of a connection. Called once per connection.
@@ -245,7 +195,7 @@ class Metrics:
         key = (reporter, source, source_identity, destination, service, destination_identity, security_policy, baggage)
         found = self._recent.get(key)
         if found is None:
-            labels = _labels(*key)
+            labels = connection_labels(*key)
             found = self.counts.traffic.get(labels) or self._new(labels)
             if len(self._recent) >= MAX_SERIES:
                 self._recent.clear()
@@ -256,7 +206,7 @@ class Metrics:
         series = self.counts.traffic
         if len(series) >= MAX_SERIES:
             self.counts.overflow += 1
-            labels = (labels[0], (_UNKNOWN,) * len(_SOURCE), (_UNKNOWN,) * len(_DESTINATION), _UNKNOWN, ())
+            labels = merged(labels)
             if labels in series:
                 return series[labels]
         traffic = series[labels] = self.make_traffic(labels)
@@ -288,7 +238,7 @@ class Metrics:
 
     def on_demand_dns(self, source: Workload, hostname: str) -> None:
         """The host name of a workload was resolved for a connection."""
-        self.name_resolved((_source_labels(source, source.identity), hostname))
+        self.name_resolved((source_labels(source, source.identity), hostname))
 
     def name_resolved(self, key: DnsKey) -> None:
         """The same, by its labels."""
@@ -304,14 +254,14 @@ class Metrics:
             protocol: `udp` or `tcp`.
             source: Workload of who asks, if it is known.
         """
-        labels = _dns_labels(query_type, protocol, source)
+        labels = dns_labels(query_type, protocol, source)
         self._dns_requests[labels] = self._dns_requests.get(labels, 0) + 1
 
     def dns_forwarded(
         self, query_type: str, protocol: str, source: Workload | None, seconds: float, *, failed: bool
     ) -> None:
         """A DNS question was handed on to the host's resolver, and ended after `seconds`."""
-        labels = _dns_labels(query_type, protocol, source)
+        labels = dns_labels(query_type, protocol, source)
         found = self._dns_forwarded.get(labels)
         if found is None:
             found = self._dns_forwarded[labels] = _Forwarding()
@@ -349,11 +299,11 @@ class Metrics:
         """Families for prometheus_client; one without a sample is left out."""
         from prometheus_client.metrics_core import Metric  # megabytes that our own page does without
 
-        for family in self._families():
-            if family.samples:
-                metric = Metric(family.name, family.documentation, family.type)
-                for sample in family.samples:
-                    metric.add_sample(sample.name, dict(sample.labels), sample.value)
+        for family in self.families():
+            metric = Metric(family.name, family.documentation, family.type)
+            for name, labels, value in family.samples:
+                metric.add_sample(name, dict(labels), value)
+            if metric.samples:
                 yield metric
 
     def describe(self) -> list[Metric]:
@@ -365,234 +315,143 @@ class Metrics:
 
         Args:
             accept: Value or values of the request's Accept header.
-
-        Source: OpenMetrics 1.0; Istio's label order, which prometheus_client would sort.
         """
-        values = [accept] if isinstance(accept, str) else list(accept)
-        items = [item.partition(";")[0].strip().lower() for value in values for item in value.split(",")]
-        open_metrics = "application/openmetrics-text" in items
-        content_type = (
-            "application/openmetrics-text;charset=utf-8;version=1.0.0" if open_metrics else "text/plain; charset=utf-8"
-        )
-        lines: list[str] = []
-        for family in self._families():
-            if not family.samples:
-                continue
-            lines.append(f"# HELP {family.name} {_escape_help(family.documentation)}.")
-            lines.append(f"# TYPE {family.name} {family.type}")
-            for sample in family.samples:
-                labels = ",".join(f'{name}="{_escape(value)}"' for name, value in sample.labels.items())
-                lines.append(f"{sample.name}{{{labels}}} {sample.value}" if labels else f"{sample.name} {sample.value}")
-        lines.append("# EOF\n")
-        return content_type, "\n".join(lines).encode()
+        return exposition.content_type(accept), "".join(exposition.lines(self.families())).encode()
 
-    def _families(self) -> Iterator[Family]:
+    def families(self) -> Iterator[Family]:
+        """Everything that is counted. Samples are made when they are read, so a reader may take its time."""
         for call in self.before_reading:
             call()
-        build = Family("istio_build", "Istio component build info", "gauge")
-        build.add_sample("istio_build", {"component": "ztunnel", "tag": self._version}, 1)
-        yield build
+        yield Family(
+            "istio_build",
+            "Istio component build info",
+            "gauge",
+            [("istio_build", {"component": "ztunnel", "tag": self._version}, 1)],
+        )
         counts = self.counts
         if self._elsewhere:
             counts = Counts()
             for found in (self.counts, *(read() for read in self._elsewhere)):
                 counts.add(found)
-        yield from _traffic_families(counts)
-        sockets = Family("istio_tcp_sockets_open", "Sockets that are open now (unstable)", "gauge")
-        for reporter, count in counts.sockets.items():
-            sockets.add_sample("istio_tcp_sockets_open", {"reporter": reporter}, count)
-        yield sockets
-        dns = _counter("istio_on_demand_dns", "Host names of workloads resolved for connections (unstable)")
-        for (source, hostname), count in counts.on_demand.items():
-            labels = {**dict(zip(_SOURCE, source, strict=True)), "hostname": hostname}
-            dns.add_sample("istio_on_demand_dns_total", labels, count)
-        yield dns
-        yield _by_label(
+        yield from _traffic_families(list(counts.traffic.values()))
+        yield Family(
+            "istio_tcp_sockets_open",
+            "Sockets that are open now (unstable)",
+            "gauge",
+            [("istio_tcp_sockets_open", {"reporter": reporter}, count) for reporter, count in counts.sockets.items()],
+        )
+        yield Family(
+            "istio_on_demand_dns",
+            "Host names of workloads resolved for connections (unstable)",
+            "counter",
+            (
+                (
+                    "istio_on_demand_dns_total",
+                    {**dict(zip(SOURCE, source, strict=True)), "hostname": hostname},
+                    count,
+                )
+                for (source, hostname), count in list(counts.on_demand.items())
+            ),
+        )
+        yield by_label(
             "istio_crl_policy_rejections",
             "Tunnels refused or closed for a revoked certificate (unstable)",
             "reporter",
             counts.crl_rejected,
         )
-        yield _by_label(
+        yield by_label(
             "istio_crl_untracked_connections",
             "Tunnels whose certificates could not be looked up in the revocation lists (unstable)",
             "reporter",
             counts.crl_untracked,
         )
         yield from self._dns_families()
-        yield _by_label(
+        yield by_label(
             "istio_xds_connection_terminations", "Discovery streams that ended (unstable)", "reason", self._xds_ended
         )
-        yield _by_label("istio_xds_message", "Discovery responses received (unstable)", "url", self._xds_messages)
-        yield _by_label(
+        yield by_label("istio_xds_message", "Discovery responses received (unstable)", "url", self._xds_messages)
+        yield by_label(
             "istio_xds_message_bytes", "Bytes of discovery resources received (unstable)", "url", self._xds_bytes
         )
-        yield _single(
+        yield single(
             "ztunnel_policy_change_closures",
             "Live connections closed by a change of policy (unstable)",
             counts.policy_closed,
         )
-        yield _single(
+        yield single(
             "ztunnel_label_sets_merged",
             "Connections counted under unknown labels because there are too many label sets (unstable)",
             counts.overflow,
         )
-        for name, (meaning, kind, read) in self._values.items():
-            value = Family(name, f"{meaning} (unstable)", kind)
-            value.add_sample(f"{name}_total" if kind == "counter" else name, {}, read())
-            yield value
-        yield from _process()
+        for name, (meaning, kind, read) in list(self._values.items()):
+            sample = f"{name}_total" if kind == "counter" else name
+            yield Family(name, f"{meaning} (unstable)", kind, [(sample, {}, read())])
+        yield from exposition.process()
 
     def _dns_families(self) -> Iterator[Family]:
-        requests = _counter("istio_dns_requests", "DNS questions received (unstable)")
-        for labels, count in self._dns_requests.items():
-            requests.add_sample("istio_dns_requests_total", dict(zip(_DNS, labels, strict=True)), count)
-        upstream = _counter("istio_dns_upstream_requests", "DNS questions handed on to the resolver (unstable)")
-        failures = _counter("istio_dns_upstream_failures", "DNS questions that the resolver failed (unstable)")
-        name = "istio_dns_upstream_request_duration_seconds"
-        duration = Family(name, "Time that the resolver took for a DNS question (unstable)", "histogram")
-        for labels, found in self._dns_forwarded.items():
-            named = dict(zip(_DNS, labels, strict=True))
-            upstream.add_sample("istio_dns_upstream_requests_total", named, found.count)
-            if found.failures:
-                failures.add_sample("istio_dns_upstream_failures_total", named, found.failures)
-            for bound, count in zip(_DNS_BOUNDS, found.buckets, strict=True):
-                duration.add_sample(f"{name}_bucket", {**named, "le": str(bound)}, count)
-            duration.add_sample(f"{name}_bucket", {**named, "le": "+Inf"}, found.count)
-            duration.add_sample(f"{name}_sum", named, found.seconds)
-            duration.add_sample(f"{name}_count", named, found.count)
-        yield from (requests, upstream, failures, duration)
+        asked = [(dict(zip(DNS, labels, strict=True)), count) for labels, count in self._dns_requests.items()]
+        yield Family(
+            "istio_dns_requests",
+            "DNS questions received (unstable)",
+            "counter",
+            [("istio_dns_requests_total", labels, count) for labels, count in asked],
+        )
+        forwarded = [(dict(zip(DNS, labels, strict=True)), found) for labels, found in self._dns_forwarded.items()]
+        yield Family(
+            "istio_dns_upstream_requests",
+            "DNS questions handed on to the resolver (unstable)",
+            "counter",
+            [("istio_dns_upstream_requests_total", labels, found.count) for labels, found in forwarded],
+        )
+        yield Family(
+            "istio_dns_upstream_failures",
+            "DNS questions that the resolver failed (unstable)",
+            "counter",
+            [
+                ("istio_dns_upstream_failures_total", labels, found.failures)
+                for labels, found in forwarded
+                if found.failures
+            ],
+        )
+        yield Family(
+            "istio_dns_upstream_request_duration_seconds",
+            "Time that the resolver took for a DNS question (unstable)",
+            "histogram",
+            [sample for labels, found in forwarded for sample in found.samples(labels)],
+        )
 
 
-def _traffic_families(counts: Counts) -> Iterator[Family]:
-    opened = _counter("istio_tcp_connections_opened", "The total number of TCP connections opened")
-    closed = _counter("istio_tcp_connections_closed", "The total number of TCP connections closed")
-    failed = _counter("istio_tcp_connections_failed", "The total number of TCP connections that failed (unstable)")
-    received = _counter(
-        "istio_tcp_received_bytes", "The total number of bytes received from the client side of TCP connections"
-    )
-    sent = _counter("istio_tcp_sent_bytes", "The total number of bytes sent to the client side of TCP connections")
-    for traffic in counts.traffic.values():
-        labels = traffic.label_dict(ResponseFlag.NONE)
-        opened.add_sample("istio_tcp_connections_opened_total", labels, traffic.opened_count)
-        received.add_sample("istio_tcp_received_bytes_total", labels, traffic.received_bytes)
-        sent.add_sample("istio_tcp_sent_bytes_total", labels, traffic.sent_bytes)
-        for flag, count in traffic.closed_by_flag.items():
-            closed.add_sample("istio_tcp_connections_closed_total", traffic.label_dict(flag), count)
-        for flag, count in traffic.failed_by_flag.items():
-            failed.add_sample("istio_tcp_connections_failed_total", traffic.label_dict(flag), count)
-    yield from (opened, closed, failed, received, sent)
+def _traffic_families(series: Sequence[Traffic]) -> Iterator[Family]:
+    for what, meaning, read in (
+        ("connections_opened", "The total number of TCP connections opened", lambda traffic: traffic.opened_count),
+        ("connections_closed", "The total number of TCP connections closed", lambda traffic: traffic.closed_by_flag),
+        (
+            "connections_failed",
+            "The total number of TCP connections that failed (unstable)",
+            lambda traffic: traffic.failed_by_flag,
+        ),
+        (
+            "received_bytes",
+            "The total number of bytes received from the client side of TCP connections",
+            lambda traffic: traffic.received_bytes,
+        ),
+        (
+            "sent_bytes",
+            "The total number of bytes sent to the client side of TCP connections",
+            lambda traffic: traffic.sent_bytes,
+        ),
+    ):
+        name = f"istio_tcp_{what}"
+        yield Family(name, meaning, "counter", _traffic_samples(f"{name}_total", series, read))
 
 
-def _counter(name: str, documentation: str) -> Family:
-    return Family(name, documentation, "counter")
-
-
-def _single(name: str, documentation: str, value: int) -> Family:
-    family = _counter(name, documentation)
-    family.add_sample(f"{name}_total", {}, value)
-    return family
-
-
-def _by_label(name: str, documentation: str, label: str, values: Mapping[str, int]) -> Family:
-    family = _counter(name, documentation)
-    for key, value in values.items():
-        family.add_sample(f"{name}_total", {label: key}, value)
-    return family
-
-
-def _process() -> Iterator[Family]:
-    limit = Family("process_max_fds", "Maximum number of open file descriptors", "gauge")
-    limit.add_sample("process_max_fds", {}, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    yield limit
-    fds = Family("process_open_fds", "Number of open file descriptors", "gauge")
-    try:
-        fds.add_sample("process_open_fds", {}, len(os.listdir("/proc/self/fd")) - 1)  # less the listing's own
-    except OSError:
-        return  # no /proc: the family is left out
-    yield fds
-
-
-def _dns_labels(query_type: str, protocol: str, source: Workload | None) -> tuple[str, ...]:
-    service, revision = (source.canonical_name, source.canonical_revision) if source is not None else ("", "")
-    return (query_type, protocol, service or _UNKNOWN, revision or _UNKNOWN)
-
-
-def _source_labels(
-    workload: Workload | None, identity: SpiffeId | None, baggage: Baggage | None = None
-) -> tuple[str, ...]:
-    principal = str(identity) if identity is not None else ""
-    return tuple(value or _UNKNOWN for value in _party_labels(workload, principal, baggage))
-
-
-def _party_labels(workload: Workload | None, principal: str, baggage: Baggage | None) -> tuple[str, ...]:
-    if workload is not None:
-        return _workload_labels(workload, principal)
-    if baggage is None:
-        return ("", "", "", "", principal, "", "", "")
-    return (
-        baggage.workload_name or "",
-        baggage.service_name or "",
-        baggage.service_version or "",
-        baggage.namespace or "",
-        principal,
-        baggage.workload_name or "",  # as ztunnel has it, though the app is elsewhere the canonical name
-        baggage.service_version or "",
-        baggage.cluster or "",
-    )
-
-
-def _workload_labels(workload: Workload, principal: str) -> tuple[str, ...]:
-    return (
-        workload.workload_name,
-        workload.canonical_name,
-        workload.canonical_revision,
-        workload.namespace,
-        principal,
-        workload.canonical_name,
-        workload.canonical_revision,
-        workload.cluster_id,
-    )
-
-
-def _labels(
-    reporter: str,
-    source: Workload | None,
-    source_identity: SpiffeId | None,
-    destination: Workload | None,
-    service: Service | None,
-    destination_identity: SpiffeId | None,
-    security_policy: str,
-    baggage: Baggage | None,
-) -> Labels:
-    if destination_identity is None and destination is not None:
-        destination_identity = destination.identity  # also for plaintext, as Istio has it
-    principal = str(destination_identity) if destination_identity is not None else ""
-    named = ("", "", "") if service is None else (service.hostname, service.namespace, service.name)
-    said_here, said_there = (None, baggage) if reporter == "source" else (baggage, None)
-    reached = _party_labels(destination, principal, said_there)
-    locality: tuple[str, ...] = ()
-    if source is not None or destination is not None or baggage is not None:
-        places = (*_place(source, said_here), *_place(destination, said_there))
-        locality = tuple(value or _UNKNOWN for value in places)
-    return (
-        reporter,
-        _source_labels(source, source_identity, said_here),
-        tuple(value or _UNKNOWN for value in (*named, *reached)),
-        security_policy,
-        locality,
-    )
-
-
-def _place(workload: Workload | None, baggage: Baggage | None) -> tuple[str, str]:
-    if workload is not None:
-        return workload.locality.region, workload.locality.zone
-    return ((baggage.region or "", baggage.zone or "")) if baggage is not None else ("", "")
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _escape_help(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("\n", "\\n")
+def _traffic_samples(
+    name: str, series: Sequence[Traffic], read: Callable[[Traffic], int | dict[ResponseFlag, int]]
+) -> Iterator[Sample]:
+    for traffic in series:
+        found = read(traffic)
+        if isinstance(found, int):
+            yield name, traffic.label_dict(ResponseFlag.NONE), found
+            continue
+        for flag, count in list(found.items()):
+            yield name, traffic.label_dict(flag), count

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import trio
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.openmetrics import parser
 from tests.support.mesh import hbone, service, tcp
@@ -10,6 +11,9 @@ from tests.support.mesh import hbone, service, tcp
 from hbone.identity import SpiffeId
 from ztunnel import metrics as module
 from ztunnel.errors import ResponseFlag
+from ztunnel.exposition import lines
+from ztunnel.jsonstream import ENTRIES, collect_pieces
+from ztunnel.labels import Labels, by_name
 from ztunnel.mesh.workload import Locality
 from ztunnel.metrics import Metrics, Traffic
 
@@ -273,6 +277,38 @@ def test_label_sets_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(opened) == 6
     assert sum(sample.value for sample in opened) == 50
     assert families["ztunnel_label_sets_merged"].samples[0].value == 45
+
+
+class Turns(trio.abc.Instrument):
+    """Counts the samples that are made between two turns of the loop."""
+
+    def __init__(self) -> None:
+        self.made = self.most = 0
+
+    def before_task_step(self, _: trio.lowlevel.Task) -> None:
+        self.most = max(self.most, self.made)
+        self.made = 0
+
+
+async def test_a_scrape_of_many_series_leaves_turns_to_the_data_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    for number in range(500):
+        peer = SpiffeId.istio("cluster.local", "shop", f"sa-{number}")
+        metrics.connection("destination", None, peer, TARGET, None).closed(ResponseFlag.CONNECT)
+    turns = Turns()
+
+    def counted(labels: Labels, flag: ResponseFlag) -> dict[str, str]:
+        turns.made += 1
+        return by_name(labels, flag)
+
+    monkeypatch.setattr(module, "by_name", counted)
+    trio.lowlevel.add_instrument(turns)
+    try:
+        body = await collect_pieces(lines(metrics.families()))
+    finally:
+        trio.lowlevel.remove_instrument(turns)
+    assert 0 < turns.most <= ENTRIES
+    assert body == metrics.exposition()[1]
 
 
 def test_it_registers_with_prometheus_client() -> None:

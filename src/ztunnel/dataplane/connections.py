@@ -29,6 +29,7 @@ __all__ = ["AppConnection", "Connections", "InboundConnection"]
 
 _SLICE_SECONDS: Final = 0.001
 _SLICE_STEP: Final = 16
+_ACCOUNT_STEP: Final = 256
 
 
 class AppConnection:
@@ -194,9 +195,17 @@ class Connections:
             self.outbound.pop(connection, None)
 
     def account(self) -> None:
-        """Bring every connection's counters up to date, for a scrape."""
-        for connection in self:
-            connection.account()
+        """Bring every connection's counters up to date."""
+        for _ in self.accounting():
+            pass
+
+    def accounting(self) -> Iterator[None]:
+        """The same, with pauses for who has other things to do."""
+        for count, connection in enumerate(self, 1):
+            if not connection.closed:
+                connection.account()
+            if count % _ACCOUNT_STEP == 0:
+                yield
 
     def recheck(self, change: Change) -> None:
         """Ask the policies again about the connections of each workload whose policies changed.

@@ -330,15 +330,16 @@ class Worker:
                 found[what] = Rows((await sample(*map(int, arguments))).items(), list)
         elif what == "heap":
             found[what] = await heap.look()
+        elif what == "counts":
+            for _ in self.dataplane.connections.accounting():
+                await trio.lowlevel.checkpoint()
+            self.metrics.write()
         else:
             found = self._report(what)
         self._send(Message(Kind.REPORTED, message.number, await jsonstream.collect(found)))
 
     def _report(self, what: str) -> dict[str, Any]:
         plane = self.dataplane
-        if what == "counts":
-            self._account()
-            return {}
         found: dict[str, Any] = {
             "tunnels": plane.tunnels(),
             "inbound": len(plane.connections.inbound),
