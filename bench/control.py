@@ -312,6 +312,20 @@ def wanted(number: int, workloads: int) -> list[str]:
     return [*names[1:], uid("hot")] if number % HOT_SHARE == 0 else names
 
 
+@attrs.frozen(kw_only=True)
+class Change:
+    """What one change cost."""
+
+    cpu: float
+    """Seconds that the control plane ran, whatever it did."""
+    watched: float
+    """Seconds of which that was measured."""
+    took: float
+    """Seconds until the last subscriber had it."""
+    nbytes: int
+    """Of the response that carries it."""
+
+
 @attrs.define(eq=False)
 class Mesh:
     """One mesh with its control plane, everybody connected."""
@@ -321,14 +335,24 @@ class Mesh:
     crowd: Crowd
     known: dict[str, float]
     """What was measured so far, by the field of `Figures`."""
-    changes: list[tuple[float, float, int]] = attrs.Factory(list)
-    """CPU seconds, seconds and bytes of each change."""
+    changes: list[Change] = attrs.Factory(list)
+    idle: list[tuple[float, float]] = attrs.Factory(list)
+    """CPU seconds and seconds of the pauses between them."""
 
     async def change(self) -> None:
-        """Change one workload once more."""
-        idle = await _idle(self.cp)
-        self.changes.append(await _change(self.cp, self.crowd, len(self.changes) + 1, idle))
-        self.known["idle_cpu"] = idle
+        """Change one workload once more, after a pause."""
+        self.idle.append(await _pause(self.cp))
+        self.changes.append(await _change(self.cp, self.crowd, len(self.changes) + 1))
+
+    @property
+    def idle_cpu(self) -> float:
+        """CPU seconds a second, while nothing changes."""
+        return sum(cpu for cpu, _ in self.idle) / sum(seconds for _, seconds in self.idle)
+
+    def cpu_of_changes(self) -> list[float]:
+        """CPU seconds of each change, without what is used anyhow."""
+        idle = self.idle_cpu
+        return [item.cpu - idle * item.watched for item in self.changes]
 
     def figures(self) -> Figures:
         """All that was measured."""
@@ -337,9 +361,10 @@ class Mesh:
             workloads=self.workloads,
             subscribers=len(self.crowd.members),
             peak_mb=self.cp.peak(),
-            change_cpu_ms=statistics.median(cpu for cpu, _, _ in self.changes) * 1000,
-            change_ms=statistics.median(took for _, took, _ in self.changes) * 1000,
-            change_bytes=self.changes[-1][2],
+            change_cpu_ms=statistics.median(self.cpu_of_changes()) * 1000,
+            change_ms=statistics.median(item.took for item in self.changes) * 1000,
+            change_bytes=self.changes[-1].nbytes,
+            idle_cpu=self.idle_cpu,
         )
 
 
@@ -369,15 +394,15 @@ async def mesh(directory: Path, workloads: int, scale: Scale) -> AsyncIterator[M
         nursery.cancel_scope.cancel()
 
 
-async def _idle(cp: ControlPlane) -> float:
-    """CPU seconds a second, while nothing changes."""
+async def _pause(cp: ControlPlane) -> tuple[float, float]:
+    """CPU seconds of a pause, and how long it was."""
     before, began = cp.cpu(), time.monotonic()
     await trio.sleep(1)
-    return (cp.cpu() - before) / (time.monotonic() - began)
+    return cp.cpu() - before, time.monotonic() - began
 
 
-async def _change(cp: ControlPlane, crowd: Crowd, number: int, idle: float) -> tuple[float, float, int]:
-    """CPU seconds, seconds until everybody concerned had it, and bytes of a response."""
+async def _change(cp: ControlPlane, crowd: Crowd, number: int) -> Change:
+    """Change the workload that some asked for; everybody must get what they should, and nothing else."""
     concerned = {one for one in crowd.members if not one.names or uid("hot") in one.names}
     before = crowd.counts()
     cpu, began = cp.cpu(), time.monotonic()
@@ -388,7 +413,7 @@ async def _change(cp: ControlPlane, crowd: Crowd, number: int, idle: float) -> t
                 await one.until(responses + 1)
     took = time.monotonic() - began
     await trio.sleep(0.2)  # acknowledgements, and whatever should not come
-    used = cp.cpu() - cpu - idle * (time.monotonic() - began)
+    used, watched = cp.cpu() - cpu, time.monotonic() - began
     size = 0
     for one, old, new in zip(crowd.members, before, crowd.counts(), strict=True):
         responses, resources, nbytes = (b - a for a, b in zip(old, new, strict=True))
@@ -399,7 +424,7 @@ async def _change(cp: ControlPlane, crowd: Crowd, number: int, idle: float) -> t
                 f" {responses} responses with {resources} resources instead of {int(expected)}"
             )
         size = max(size, nbytes)
-    return used, took, size
+    return Change(cpu=used, watched=watched, took=took, nbytes=size)
 
 
 ROWS = (
@@ -438,10 +463,11 @@ def table(found: Sequence[Figures], grown: dict[str, float], scale: Scale) -> st
 
 def growth(small: Mesh, large: Mesh) -> dict[str, float]:
     """What a change costs in the large mesh, in those of the small one: medians of changes that were made in turn."""
-    pairs = list(zip(small.changes, large.changes, strict=True))
+    cpu = zip(small.cpu_of_changes(), large.cpu_of_changes(), strict=True)
+    took = zip(small.changes, large.changes, strict=True)
     return {
-        "cpu": statistics.median(after[0] / before[0] for before, after in pairs),
-        "time": statistics.median(after[1] / before[1] for before, after in pairs),
+        "cpu": statistics.median(after / before for before, after in cpu),
+        "time": statistics.median(after.took / before.took for before, after in took),
     }
 
 
