@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hmac
 import json
+import re
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -24,9 +26,6 @@ from miniistiod import jwks
 from miniistiod.issuers import Issuers, read_issuers
 from miniistiod.jwks import Discovered, Jwks, KeysError, parse_keys
 from miniistiod.tokens import BadToken
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SIGNER = Signer()
 BASIC = f"issuers: [{{issuer: '{ISSUER}', audiences: [istio-ca, other], jwksFile: keys.json"
@@ -458,6 +457,16 @@ def test_any_description_is_a_place_or_an_error(value: Any) -> None:
 def test_a_file_that_cannot_be_used_is_told(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(ConfigurationError, match=why):
         load(tmp_path, text)
+
+
+def test_the_file_of_the_readme_is_read(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = (part for part in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "issuers:" in part)
+    (tmp_path / "issuers.yaml").write_text(block)
+    assert read_issuers(tmp_path / "issuers.yaml")._issuers.keys() == {
+        "https://idp.example.com",
+        "https://kubernetes.default.svc.cluster.local",
+    }
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
