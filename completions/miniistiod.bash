@@ -53,7 +53,7 @@ _shtab_miniistiod_restore___state_COMPGEN=_shtab_compgen_dirs
 
 _shtab_miniistiod_run___log_format_choices=(plain json console)
 _shtab_miniistiod_run___log_level_choices=(trace debug info warn error off)
-_shtab_miniistiod_get_pos_0_choices=(workloads services policies certificates registrations subscribers)
+_shtab_miniistiod_get_pos_0_choices=(workloads services policies conditions certificates registrations subscribers)
 _shtab_miniistiod_token_pos_0_choices=(create list renew revoke)
 _shtab_miniistiod_root_rotate___finish_choices=(signing serving done)
 _shtab_miniistiod_root_pos_0_choices=(show rotate)

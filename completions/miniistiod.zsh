@@ -85,7 +85,7 @@ _shtab_miniistiod_get_options=(
   "--state[private directory (0700) of the root, tokens, register]:DIR:_files -/"
   "--workload[with policies\: those of one workload, in the order in which they decide]:NS/NAME:"
   "--json[json]"
-  ":what:(workloads services policies certificates registrations subscribers)"
+  ":what:(workloads services policies conditions certificates registrations subscribers)"
 )
 
 # guard to ensure default positional specs are added only once per session

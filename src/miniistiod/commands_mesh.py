@@ -113,6 +113,8 @@ def _get(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show(json.dumps(items, indent=1))
         return ExitCode.DONE
+    if isinstance(items, dict):  # conditions, by the document that they are of
+        items = [{"document": title, **item} for title, found in items.items() for item in found]
     header, row = _COLUMNS[arguments.what]
     table(header, [row(item) for item in items])
     status = admin_client.fetch(socket, "/ready")
@@ -214,6 +216,11 @@ def _subscriber(item: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _condition(item: dict[str, Any]) -> tuple[str, ...]:
+    kind = item["type"].rpartition("/")[2]
+    return item["document"], kind, "yes" if item["ok"] else "no", item["reason"], _cut(item["text"])
+
+
 _TYPES = {AUTHORIZATION: "policies", ADDRESS: "addresses"}
 MAX_TEXT = 200
 """Characters of a text in a table."""
@@ -223,6 +230,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str,
     "workloads": (("WORKLOAD", "ADDRESS", "ACCOUNT", "TUNNEL", "SERVICES", "POLICIES"), _workload),
     "services": (("SERVICE", "ADDRESS", "PORTS"), _service),
     "policies": (("POLICY", "ACTION", "SCOPE", "WORKLOADS", "SAYS"), _policy),
+    "conditions": (("DOCUMENT", "CONDITION", "HOLDS", "REASON", "TEXT"), _condition),
     "certificates": (("SERIAL", "IDENTITY", "ISSUED", "EXPIRES", "STATE", "CALLER"), _certificate),
     "registrations": (("MACHINE", "GROUP", "ADDRESS", "ACCOUNT", "STATE", "SINCE"), _registration),
     "subscribers": (("NODE", "IDENTITY", "FROM", "SINCE", "ACKNOWLEDGED", "REJECTED"), _subscriber),

@@ -543,12 +543,13 @@ async def test_get_shows_what_is_known(tmp_path: Path, capsys: pytest.CaptureFix
     async with control_plane(tmp_path) as cp:
         cp.create_token("shop", "orders", reusable=True, lifetime=86_400.0)
         await certificate(cp, bearer(cp.create_token("shop", "orders")))
-        for what in ("workloads", "services", "policies", "certificates", "subscribers"):
+        for what in ("workloads", "services", "policies", "conditions", "certificates", "subscribers"):
             arguments = ["get", what, "--state", str(tmp_path / "state")]
             assert await trio.to_thread.run_sync(cli.main, arguments) == 0
             assert await trio.to_thread.run_sync(cli.main, [*arguments, "--json"]) == 0
         shown = capsys.readouterr()
         assert "shop/orders-1  10.1.0.1  orders" in shown.out
+        assert "AuthorizationPolicy shop/orders  ZtunnelAccepted  yes    Accepted  in force" in shown.out
         assert "expires in 24.0 hours" in shown.err
     with Store.open(tmp_path / "state") as store:
         assert len(store.list_tokens()) == 2
