@@ -5,16 +5,16 @@ Source: RFC 7517; OpenID Connect Discovery 1.0 §4.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
+import socket
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import urlsplit
 
 import attrs
@@ -42,6 +42,8 @@ STALE = 86_400.0
 """Seconds for which keys are used while they cannot be fetched again."""
 FETCH_SECONDS = 5.0
 MIN_RSA_BITS = 2048
+_JSON = "application/json"
+_LATE = "it takes longer than {:g} s"
 _KINDS: dict[str, type[RSAKey | ECKey | OKPKey]] = {"RSA": RSAKey, "EC": ECKey, "OKP": OKPKey}
 
 Key: TypeAlias = RSAKey | ECKey | OKPKey
@@ -192,28 +194,54 @@ def _where(source: str | Discovered) -> str:
     return source.url if isinstance(source, Discovered) else source
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
-    ) -> None:
-        raise urllib.error.HTTPError(req.full_url, code, "it redirects; name the place itself", headers, fp)
-
-
 def _get(url: str, ca_file: Path | None) -> bytes:
-    context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context), _NoRedirect()
-    )
-    end = time.monotonic() + 2 * FETCH_SECONDS
-    body = bytearray()
-    with opener.open(
-        urllib.request.Request(url, headers={"accept": "application/json"}), timeout=FETCH_SECONDS
-    ) as answer:
-        while chunk := answer.read1(65_536):
-            body += chunk
-            if len(body) > MAX_JWKS or time.monotonic() > end:
-                raise KeysError(f"it sends more than {MAX_JWKS} bytes, or takes longer than {2 * FETCH_SECONDS:g} s")
-    return bytes(body)
+    """What a URL answers. No proxy, no redirection, and an end in time however slowly it comes.
+
+    Raises:
+        OSError: the server cannot be reached, or is another one.
+        HTTPException: it does not speak HTTP.
+        KeysError: another status than 200, or too much or too slow.
+    """
+    parts = urlsplit(url)
+    connection: http.client.HTTPConnection
+    if parts.scheme == "https":
+        context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+        connection = http.client.HTTPSConnection(
+            parts.hostname or "", parts.port, timeout=FETCH_SECONDS, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=FETCH_SECONDS)
+    late = threading.Event()
+
+    def cut() -> None:
+        late.set()
+        if connection.sock is not None:
+            with contextlib.suppress(OSError):  # it is over already
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # TLS or not; wakes who reads
+
+    timer = threading.Timer(2 * FETCH_SECONDS, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        path = parts.path or "/"
+        connection.request("GET", f"{path}?{parts.query}" if parts.query else path, headers={"accept": _JSON})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            what = "redirects; name the place itself" if 300 <= answer.status < 400 else f"answers {answer.status}"
+            raise KeysError(f"it {what}")
+        body = answer.read(MAX_JWKS + 1)
+    except (OSError, http.client.HTTPException):
+        if late.is_set():
+            raise KeysError(_LATE.format(2 * FETCH_SECONDS)) from None
+        raise
+    finally:
+        timer.cancel()
+        connection.close()
+    if late.is_set():
+        raise KeysError(_LATE.format(2 * FETCH_SECONDS))
+    if len(body) > MAX_JWKS:
+        raise KeysError(f"it sends more than {MAX_JWKS} bytes")
+    return body
 
 
 def parse_keys(data: bytes) -> tuple[Key, ...]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import datetime
 import hmac
 import json
 import re
+import socket
+import ssl
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc.jwk import ECKey, OctKey
@@ -21,8 +27,8 @@ from tests.support.sizes import size
 
 from hbone.errors import ConfigurationError
 from hbone.grpc import StatusCode
+from miniistiod import ca, jwks
 from miniistiod import issuers as module
-from miniistiod import jwks
 from miniistiod.issuers import Issuers, read_issuers
 from miniistiod.jwks import Discovered, Jwks, KeysError, parse_keys
 from miniistiod.tokens import BadToken
@@ -321,6 +327,49 @@ def test_answers_that_are_no_keys(status: int, body: str) -> None:
         server.status = status
         with pytest.raises(KeysError):
             Jwks(server.url).keys(None)
+        assert server.calls == 1
+
+
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 9999\r\n\r\n"])
+def test_a_server_that_drips_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, begin: bytes
+) -> None:
+    monkeypatch.setattr(jwks, "FETCH_SECONDS", 0.1)
+    ended = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(begin)
+            with contextlib.suppress(OSError):
+                while not ended.wait(0.01):  # each byte within the timeout of a read
+                    connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        with pytest.raises(KeysError):
+            Jwks(f"http://127.0.0.1:{listener.getsockname()[1]}/").keys("one")
+        ended.set()
+        thread.join()
+    assert "it takes longer than 0.2 s" in caplog.text
+
+
+def test_a_server_of_keys_proves_itself_by_the_roots_that_were_named(tmp_path: Path) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    root, other = ca.make_root("idp", now), ca.make_root("other", now)
+    key = ec.generate_private_key(ec.SECP256R1())
+    leaf = ca.issue_server(root, key.public_key(), ["127.0.0.1"], now, datetime.timedelta(hours=1))
+    (tmp_path / "server.pem").write_bytes(ca.certificate_pem(leaf).encode() + ca.Signer(leaf, key).key_pem())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    for name, signer in (("root.pem", root), ("other.pem", other)):
+        (tmp_path / name).write_text(ca.certificate_pem(signer.certificate))
+    with serving(SIGNER.jwks(), context) as server:
+        assert Jwks(server.url, tmp_path / "root.pem").keys("one")
+        for roots in (tmp_path / "other.pem", None):
+            with pytest.raises(KeysError):
+                Jwks(server.url, roots).keys("one")
         assert server.calls == 1
 
 

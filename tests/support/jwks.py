@@ -14,6 +14,7 @@ from joserfc.jwk import ECKey, KeySet, OKPKey, RSAKey
 from miniistiod.issuers import _REGISTRY
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
 ISSUER = "https://idp.example.com"
@@ -66,7 +67,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(body: str) -> Iterator[Server]:
+def serving(body: str, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """A server of keys on the loopback address."""
     state = Server(body)
 
@@ -86,7 +87,9 @@ def serving(body: str) -> Iterator[Server]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_address[1]}/"
+        state.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_address[1]}/"
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
