@@ -254,6 +254,13 @@ class Config:
         env="PREFERED_SERVICE_NAMESPACE",
         meaning="DNS: of services of one host name, those of this namespace win over others' that are not canonical",
     )
+    on_demand: bool = setting(
+        False,
+        env="XDS_ON_DEMAND",
+        parse=exactly_true,
+        meaning="ask for an address when a connection needs it, instead of subscribing to all;"
+        " not with the DNS proxy, nor with several workers",
+    )
     localhost_app_tunnel: bool = setting(
         True,
         env="LOCALHOST_APP_TUNNEL",

@@ -116,6 +116,7 @@ class OneProcess:
             metrics,
             AccessLog(policy_at_info=config.policy_info_logging),
             revocations=mesh.revocations,
+            demand=mesh.demand,
         )
 
     @property

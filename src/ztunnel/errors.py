@@ -133,6 +133,13 @@ class NoService(DataplaneError):
         super().__init__(f"no service for target address: {text}")
 
 
+class DiscoveryTooSlow(DataplaneError):
+    """The control plane was asked what an address is, and did not say. Whether plaintext is right is not known."""
+
+    def __init__(self, address: IPv4Address | IPv6Address, seconds: float) -> None:
+        super().__init__(f"the control plane did not say within {seconds:g} s what {address} is")
+
+
 class UnknownWaypoint(DataplaneError):
     """A waypoint is named, but neither a workload nor an endpoint of it is known. Never bypassed."""
 

@@ -16,6 +16,7 @@ from hbone.errors import ConfigurationError
 from ztunnel import standing
 from ztunnel.control.ca import CaClient
 from ztunnel.control.cache import CacheWriter
+from ztunnel.control.demand import Demand
 from ztunnel.control.discovery import DiscoveryClient, make_node
 from ztunnel.control.pace import Pace
 from ztunnel.control.revocation import Revocations
@@ -39,6 +40,8 @@ __all__ = ["Membership"]
 
 ROOT = Path("./var/run/secrets/istio/root-cert.pem")
 TOKEN = Path("./var/run/secrets/tokens/istio-token")
+NO_ADDRESS = "1.1.1.1"
+"""INSTANCE_IP where none is set. Source: Istio's ztunnel."""
 CATCH_UP = 1.0
 """Seconds that a start from the disk waits for the control plane, so that it seldom begins with an old picture."""
 
@@ -101,6 +104,10 @@ class Membership:
         self.token_expires: float | None = None
         """When the token for the control plane ends, as of the last look; None where there is none that says so."""
         self.svids = SvidManager(authority or self._ca(token), save=self._keep_identity, wall=wall)
+        self.demand = Demand(self.store, config.network) if config.on_demand else None
+        """Which addresses are subscribed to; None: all."""
+        if self.demand is not None and config.instance_ip != NO_ADDRESS:
+            self.demand.ask(f"{config.network}/{config.instance_ip}")  # or else nobody tells of ourselves
         self.discovery = self._discovery(token, metrics, xds) if config.xds_address or xds else None
         self._writer: CacheWriter | None = None
         if state is not None:
@@ -197,6 +204,7 @@ class Membership:
             wall=self.wall,
             remedy=self._remedy(),
             pace=self.pace,
+            demand=self.demand,
         )
 
     def _read_local(self) -> local_file.LocalFile | None:

@@ -216,7 +216,6 @@ def test_switch_that_is_off_is_not_refused(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "environ",
     [
-        {"XDS_ON_DEMAND": "true"},
         {"ZTUNNEL_RESOURCE_CPU_REQUEST": "2"},
         {"INPOD_UDS": "/x"},
     ],
@@ -226,6 +225,22 @@ def test_variable_without_effect_is_told(environ: dict[str, str]) -> None:
     (name,) = environ
     assert name in warning
     assert "does nothing here" in warning
+
+
+@pytest.mark.parametrize(
+    ("environ", "remedy"),
+    [
+        ({}, "set ISTIO_META_DNS_CAPTURE=false"),
+        ({"ISTIO_META_DNS_CAPTURE": "false", "ZTUNNEL_WORKER_THREADS": "2"}, "unset ZTUNNEL_WORKER_THREADS"),
+    ],
+)
+def test_on_demand_is_refused_where_all_names_or_several_processes_are_wanted(
+    environ: dict[str, str], remedy: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=remedy):
+        read({"XDS_ON_DEMAND": "true", **environ})
+    assert read({"XDS_ON_DEMAND": "true", "ISTIO_META_DNS_CAPTURE": "false"}).on_demand
+    assert not read({"XDS_ON_DEMAND": "yes", **environ}).on_demand
 
 
 @pytest.mark.parametrize(("seconds", "deadline"), [("30", 25.0), ("11", 6.0), ("10", 9.0), ("1", 1.0), ("0", 1.0)])

@@ -31,6 +31,8 @@ class Applied:
     refused: Sequence[RejectedResource]
     nbytes: int
     """Of resources."""
+    aliases: Sequence[str]
+    """Other names that resources came with."""
 
 
 async def apply(store: Store, response: Response, pace: Pace) -> Applied:
@@ -66,6 +68,7 @@ async def _apply_addresses(store: Store, response: Response, pace: Pace) -> Appl
             if push is not None:
                 push.reject(error)
         else:
+            found.aliases.extend(item.aliases)
             own = resource.uid if isinstance(resource, Workload) else resource.key
             found.accept(own if own == name else name, item.version, payload)  # so that one string is kept, not two
             if push is not None:
@@ -117,6 +120,7 @@ class _Found:
         self.versions: dict[str, str] = {}
         self.refused: dict[str, RejectedResource] = {}
         self.nbytes = 0
+        self.aliases: list[str] = []
 
     def accept(self, name: str, version: str, payload: bytes) -> None:
         self.versions[name] = version
@@ -128,4 +132,10 @@ class _Found:
         self.nbytes += len(payload)
 
     def result(self, gone: Sequence[str]) -> Applied:
-        return Applied(versions=self.versions, gone=gone, refused=list(self.refused.values()), nbytes=self.nbytes)
+        return Applied(
+            versions=self.versions,
+            gone=gone,
+            refused=list(self.refused.values()),
+            nbytes=self.nbytes,
+            aliases=self.aliases,
+        )

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from hbone.daemon.logs import get_logger
 from hbone.errors import HboneError, IdentityError
-from hbone.grpc import GrpcError, GrpcUnavailable
+from hbone.grpc import GrpcError, GrpcUnavailable, StatusCode
 from ztunnel.control.apply import apply
 from ztunnel.control.lanes import Lanes
 from ztunnel.control.pace import Pace, settle
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from hbone.identity import Identity
+    from ztunnel.control.demand import Demand
     from ztunnel.control.response import Response
     from ztunnel.control.transport import Dial, MessageStream, TokenSource
     from ztunnel.mesh import RejectedResource, Store
@@ -56,6 +57,8 @@ BACKOFF_QUICK = 1.0
 BACKOFF_LIMIT = 15.0
 MAX_NACK = 16 * 1024
 """Characters of one rejection's message."""
+LARGE_OPENING = 64 * 1024
+"""Bytes of the opening requests from which on a server that has had enough may have had enough of them."""
 MAX_WAITING = 64 * 1024 * 1024
 """Bytes of responses that are being applied, above which no further one is read."""
 SETTLE_STEP = 0.05
@@ -150,6 +153,7 @@ class DiscoveryClient:
         rng: random.Random | None = None,
         remedy: str = REMEDY,
         pace: Pace | None = None,
+        demand: Demand | None = None,
     ) -> None:
         """Remember how to ask.
 
@@ -169,7 +173,13 @@ class DiscoveryClient:
             rng: Spreads reconnects.
             remedy: How this host gets a certificate when it has nothing to show; for people.
             pace: Cuts the work of large responses.
+            demand: Which addresses are subscribed to; None: all.
         """
+        self._demand = demand
+        self._needed = TYPES if demand is None else (AUTHORIZATION_TYPE,)
+        self._told = 0  # bytes of the opening requests
+        self._untold = False  # the next stream is opened without what we hold
+        self._whole: set[str] = set()  # types of which the next response lists all that there is
         self._pace = pace or Pace()
         self._remedy = remedy
         self._dial = dial
@@ -196,7 +206,7 @@ class DiscoveryClient:
         self._rejected = 0
         self._settling = False
         self.ready = trio.Event()
-        """Set once both types have been accepted without a rejection."""
+        """Set once both types have been accepted without a rejection; on demand, once the policies have."""
 
     # state
 
@@ -216,7 +226,7 @@ class DiscoveryClient:
 
     @property
     def _in_sync(self) -> bool:
-        return self._synced.issuperset(TYPES)
+        return self._synced.issuperset(self._needed)
 
     @property
     def in_sync(self) -> bool:
@@ -303,6 +313,9 @@ class DiscoveryClient:
                 opened = True
                 await self._converse(stream)
         except GrpcError as error:
+            if error.code is StatusCode.RESOURCE_EXHAUSTED and self._told >= LARGE_OPENING and not self._answered:
+                # The server does not take so large a request: have it send all, and see ourselves what is gone.
+                self._untold = True
             text = refusal(error, presented is not None or self._token is not None, self._remedy)
             if opened and _is_reconnect(error):
                 return "Reconnect", text
@@ -315,8 +328,12 @@ class DiscoveryClient:
         return "Complete", ""
 
     async def _converse(self, stream: MessageStream) -> None:
+        untold, self._untold, self._told = self._untold, False, 0
+        self._whole.clear()
         for url in TYPES:
-            await stream.send(await self._opening(url))
+            opening = await self._opening(url, untold=untold)
+            self._told += len(opening)
+            await stream.send(opening)
         if self._revocations is not None:
             # By name, which a server that does not know the type passes over.
             request = discovery_pb2.DeltaDiscoveryRequest(
@@ -327,9 +344,20 @@ class DiscoveryClient:
         log.info("discovery stream open")
         await _Conversation(self, stream).run()
 
-    async def _opening(self, url: str) -> bytes:
+    async def _opening(self, url: str, *, untold: bool) -> bytes:
         """The first request of a type, with all that we hold."""
         request = discovery_pb2.DeltaDiscoveryRequest(node=self._node, type_url=url)
+        demand = self._demand if url == ADDRESS_TYPE else None
+        if demand is not None:
+            # To nothing. Source: Istio's ztunnel, on demand.
+            request.resource_names_subscribe.append("*")
+            request.resource_names_unsubscribe.append("*")
+            asked = demand.opening(untold=self._versions[url] if untold else ())
+            request.initial_resource_versions.update(dict.fromkeys(asked, ""))
+        if untold:
+            if demand is None:
+                self._whole.add(url)
+            return request.SerializeToString()
         # Serialized messages may be joined: the entries of their maps add up.
         pieces = [request.SerializeToString()]
         versions = self._versions[url]  # nobody changes it before there is a stream
@@ -365,7 +393,7 @@ class DiscoveryClient:
             self._acknowledged.add(url)
         if self._in_sync:
             self._stale_since = None
-        if self._acknowledged.issuperset(TYPES):
+        if self._acknowledged.issuperset(self._needed):
             self.ready.set()
         self._applied()
 
@@ -381,9 +409,36 @@ class DiscoveryClient:
             log.error("response of a type that we did not ask for", type_url=url)
         return answer
 
-    def missing(self) -> list[str]:
-        """Types of which nothing was applied on this stream."""
-        return [url for url in TYPES if url not in self._answered]
+    async def completed(self, raw: bytes, response: Response) -> tuple[bytes, Response]:
+        """The response, with what it does not list taken away where it lists all that there is."""
+        url = response.type_url
+        if url not in self._whole:
+            return raw, response
+        self._whole.discard(url)
+        listed: set[str] = set()
+        slices = self._pace.begin()
+        for item in response.resources():
+            listed.add(item.name)
+            if slices.due():
+                await slices.rest()
+        gone = discovery_pb2.DeltaDiscoveryResponse()
+        for name in tuple(self._versions[url]):
+            if name not in listed:
+                gone.removed_resources.append(name)
+            if slices.due():
+                await slices.rest()
+        raw += gone.SerializeToString()
+        return raw, await read(raw, self._pace)
+
+    @property
+    def demand(self) -> Demand | None:
+        """Which addresses are subscribed to; None: all."""
+        return self._demand
+
+    @property
+    def needed(self) -> Sequence[str]:
+        """Types of which a first answer is awaited."""
+        return self._needed
 
     @property
     def pace(self) -> Pace:
@@ -422,6 +477,7 @@ class DiscoveryClient:
             if slices.due():
                 await slices.rest()
         versions = applied.versions
+        answered = tuple(versions) if self._demand is not None else ()
         while versions:
             name, version = versions.popitem()
             accepted[name] = version
@@ -429,6 +485,8 @@ class DiscoveryClient:
                 await slices.rest()
         for error in applied.refused:
             accepted.setdefault(error.name, "")  # in force as a refusal, so the server must say when it is gone
+        if self._demand is not None:
+            self._demand.answered((*answered, *applied.gone, *applied.aliases, *(one.name for one in applied.refused)))
         return applied.refused
 
     def _lost(self, text: str) -> None:
@@ -465,10 +523,14 @@ class _Conversation:
         async with trio.open_nursery() as nursery:
             lanes = Lanes(nursery)
             with self._hearing:
-                try:
-                    await self._hear(lanes)
-                except Exception as error:
-                    self._fail(error)
+                async with trio.open_nursery() as talking:
+                    if self._client.demand is not None:
+                        talking.start_soon(self._ask, self._client.demand)
+                    try:
+                        await self._hear(lanes)
+                    except Exception as error:
+                        self._fail(error)
+                    talking.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
 
@@ -476,11 +538,26 @@ class _Conversation:
         self._failure = self._failure or error
         self._hearing.cancel()
 
+    async def _ask(self, demand: Demand) -> None:
+        """Subscribe to what connections ask for."""
+        while True:
+            await demand.more.wait()
+            names = demand.unsaid()
+            for start in range(0, len(names), NAMES_AT_ONCE):
+                request = discovery_pb2.DeltaDiscoveryRequest(
+                    type_url=ADDRESS_TYPE, resource_names_subscribe=names[start : start + NAMES_AT_ONCE]
+                )
+                try:
+                    async with self._sending:
+                        await self._stream.send(request.SerializeToString())
+                except Exception as error:
+                    self._fail(error)
+
     async def _hear(self, lanes: Lanes) -> None:
         limit = trio.current_time() + FIRST_ANSWER_TIMEOUT
         heard: set[str] = set()
         while True:
-            missing = [url for url in TYPES if url not in heard]
+            missing = [url for url in self._client.needed if url not in heard]
             with trio.CancelScope(deadline=limit if missing else math.inf) as scope:
                 raw = await self._stream.receive()
             if scope.cancelled_caught:
@@ -490,6 +567,7 @@ class _Conversation:
                 return
             try:
                 response = await read(raw, self._client.pace)
+                raw, response = await self._client.completed(raw, response)
             except DecodeError:
                 raise ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse") from None
             heard.add(response.type_url)

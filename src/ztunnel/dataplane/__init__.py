@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ztunnel.config import Config
+    from ztunnel.control.demand import Demand
     from ztunnel.dataplane.tunnel import Tunnel
     from ztunnel.given import Given
     from ztunnel.logs import AccessLog
@@ -67,6 +68,7 @@ class Dataplane:
         revocations: lists of certificates that were taken back.
         calls: the socket calls, for tests.
         hbone_port: where peers take tunnels.
+        demand: asks for addresses that are not known; None: all are.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Dataplane:
         revocations: RevocationSource | None = None,
         calls: SocketCalls | None = None,
         hbone_port: int = _HBONE_PORT,
+        demand: Demand | None = None,
     ) -> None:
         self.reactor = reactor
         self.config = config
@@ -104,6 +107,7 @@ class Dataplane:
             metrics=metrics,
             log=access_log,
             connections=self.connections,
+            demand=demand,
             own_ports=config.own_ports,
             hbone_port=hbone_port,
         )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from hbone.events import Headers
     from hbone.pool import PoolKey
+    from ztunnel.control.demand import Demand
     from ztunnel.dataplane.dialer import Dialer
     from ztunnel.dataplane.inner import InnerTunnels
     from ztunnel.dataplane.plane import Plane
@@ -241,6 +242,23 @@ class OutboundConnection(AppConnection):
     def go(self, source: Workload) -> None:
         """Choose the route, and take it."""
         self.source = source
+        demand = self.plane.demand
+        if demand is not None and demand.missing(self.destination[0], source.namespace):
+            self.plane.reactor.start_task(self._learn, demand)
+        else:
+            self._go(source)
+
+    async def _learn(self, demand: Demand) -> None:
+        """Ask the control plane what the destination is."""
+        try:
+            await demand.learn(self.destination[0], self.source.namespace)
+        except DataplaneError as exc:
+            self.fail(exc)
+        else:
+            if not self.closed:
+                self._go(self.source)
+
+    def _go(self, source: Workload) -> None:
         found = self._outbound.plan_for(source, self.destination, self.peer[0])
         if isinstance(found, Plan):
             self._take(found)

@@ -8,6 +8,7 @@ import attrs
 
 if TYPE_CHECKING:
     from ztunnel.config import Config
+    from ztunnel.control.demand import Demand
     from ztunnel.dataplane.connections import Connections
     from ztunnel.dataplane.local import LocalWorkload
     from ztunnel.dataplane.reactor import Reactor
@@ -32,6 +33,8 @@ class Plane:
     metrics: Metrics
     log: AccessLog
     connections: Connections
+    demand: Demand | None = None
+    """Asks for addresses that are not known; None: all are."""
     own_ports: frozenset[int] = frozenset()
     """Ports of our own listeners."""
     own_addresses: frozenset[IpAddress] = frozenset()

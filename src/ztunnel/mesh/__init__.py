@@ -8,6 +8,7 @@ from ztunnel.mesh.address import (
     NamespacedHostname,
     NetworkAddress,
     RejectedResource,
+    canonical,
     is_loopback,
     parse_ip,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "SnapshotError",
     "Store",
     "Workload",
+    "canonical",
     "compile_policy",
     "decide",
     "decode_address",

@@ -13,10 +13,12 @@ from tests.support.control_plane import START, ScriptedControlPlane, ScriptedStr
 from hbone.errors import IdentityError
 from hbone.grpc import GrpcError, StatusCode
 from ztunnel.control.discovery import DiscoveryClient, make_node
+from ztunnel.control.pace import Pace
+from ztunnel.control.response import read
 from ztunnel.control.revocation import REVOCATION_TYPE
 from ztunnel.control.transport import ControlPlaneError, TokenSource
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, Change, Store
-from ztunnel.wire import authorization_pb2, workload_pb2
+from ztunnel.wire import authorization_pb2, discovery_pb2, workload_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -485,3 +487,70 @@ async def test_what_was_heard_is_in_force_before_the_stream_is_opened_again(
     opening = await (await bench.control.next_stream()).opening()
     assert len(bench.store.workloads) == 3001
     assert len(opening[ADDRESS_TYPE].initial_resource_versions) == 3001
+
+
+TOO_LARGE = GrpcError(StatusCode.RESOURCE_EXHAUSTED, "a message of 9000000 bytes; the limit is 4194304 bytes")
+
+
+async def test_opening_that_is_too_large_is_repeated_without_versions_and_what_is_not_listed_is_gone(
+    autojump_clock: trio.testing.MockClock, bench: Bench
+) -> None:
+    crowd = [workload(f"{'w' * 50}{n}", n) for n in range(1000)]
+    stream = await bench.synced(*crowd, workload("gone", 2000))
+    stream.end()
+    stream = await bench.control.next_stream()
+    assert len((await stream.opening())[ADDRESS_TYPE].initial_resource_versions) == 1001
+    stream.fail(TOO_LARGE)
+    stream = await bench.control.next_stream()
+    opening = await stream.opening()
+    for url in (ADDRESS_TYPE, AUTHORIZATION_TYPE):
+        assert not opening[url].initial_resource_versions
+        assert not opening[url].resource_names_subscribe
+    stream.respond(AUTHORIZATION_TYPE, [policy("q")], nonce="b2")
+    stream.respond(ADDRESS_TYPE, [*crowd[1:], workload("new", 2001)], nonce="a2")
+    await stream.request()
+    await stream.request()
+    assert set(bench.store.policies) == {"shop/q"}
+    assert "c1//Pod/shop/new" in bench.store.workloads
+    assert not {crowd[0][0], "c1//Pod/shop/gone"} & set(bench.store.workloads)
+    assert len(bench.store.workloads) == 1000
+    stream.respond(ADDRESS_TYPE, [workload("later", 2002)], nonce="a3")  # only the first lists everything
+    await stream.request()
+    assert len(bench.store.workloads) == 1001
+    stream.end()
+    opening = await (await bench.control.next_stream()).opening()
+    assert len(opening[ADDRESS_TYPE].initial_resource_versions) == 1001  # without them once
+
+
+async def test_server_that_has_had_enough_of_something_else_is_told_versions_all_the_same(
+    autojump_clock: trio.testing.MockClock, bench: Bench
+) -> None:
+    stream = await bench.synced(workload("web", version="7"))
+    stream.end()
+    stream = await bench.control.next_stream()
+    await stream.opening()
+    stream.fail(GrpcError(StatusCode.RESOURCE_EXHAUSTED, "request rate limit exceeded: try again in a second"))
+    opening = await (await bench.control.next_stream()).opening()
+    assert dict(opening[ADDRESS_TYPE].initial_resource_versions) == {"c1//Pod/shop/web": "7"}
+
+
+async def test_workers_are_told_what_a_full_answer_does_not_list(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench()
+    told: list[bytes] = []
+
+    async def spread(raw: bytes, _: int) -> None:
+        told.append(raw)
+        await trio.lowlevel.checkpoint()
+
+    bench.client._spread = spread
+    bench.client._whole.add(ADDRESS_TYPE)
+    bench.client._versions[ADDRESS_TYPE]["c1//Pod/shop/gone"] = "1"
+    message = discovery_pb2.DeltaDiscoveryResponse(type_url=ADDRESS_TYPE, nonce="a")
+    uid, version, payload = workload("web")
+    message.resources.add(name=uid, version=version).resource.value = payload
+    raw = message.SerializeToString()
+    raw, response = await bench.client.completed(raw, await read(raw, Pace()))
+    assert (await bench.client.put_in_force(raw, response)).response_nonce == "a"
+    (seen,) = told
+    assert list(discovery_pb2.DeltaDiscoveryResponse.FromString(seen).removed_resources) == ["c1//Pod/shop/gone"]
+    assert set(bench.client._versions[ADDRESS_TYPE]) == {uid}
