@@ -42,7 +42,7 @@ def test_a_web_application_knows_who_calls() -> None:
 
 def test_every_example_is_run_by_a_test() -> None:
     programs = {path.stem if path.is_file() else path.name for path in (ROOT / "examples").iterdir()}
-    assert programs - {"__init__", "__pycache__"} == {"echo", "asgi_httpx", "demo", "systemd", "two_hosts"}
+    assert programs - {"__init__", "__pycache__"} == {"alerts", "echo", "asgi_httpx", "demo", "systemd", "two_hosts"}
 
 
 @pytest.mark.netns

@@ -475,13 +475,14 @@ class Supervisor:
     def connections(self) -> dict[str, Rows]:
         """Each of them, by direction, as of the last `refresh`."""
         reports = [(link.number, link.report.get("connections", {})) for link in self._links()]
-        return {
-            way: Rows(
+
+        def rows(way: str) -> Rows:  # a function, as the generator is read later
+            return Rows(
                 ((number, connection) for number, found in reports for connection in found.get(way, ())),
                 lambda item: {**item[1], "worker": item[0]},
             )
-            for way in (INBOUND, OUTBOUND)
-        }
+
+        return {way: rows(way) for way in (INBOUND, OUTBOUND)}
 
     def tunnels(self) -> list[dict[str, Any]]:
         """Tunnels of all, as of the last `refresh`."""
