@@ -88,6 +88,7 @@ class Endpoint:
         self._failed = False
         self._ciphertext = client
         self._left_over = False
+        self._trimmed_at = now  # as of `heard_at`
         if client:
             self.tls.handshake()
 
@@ -274,7 +275,8 @@ class Endpoint:
         if self.ended:
             return []
         if self.established:
-            if now - self.heard_at > _QUIET:
+            if self._trimmed_at != self.heard_at and now - self.heard_at > _QUIET:
+                self._trimmed_at = self.heard_at
                 self.tls.trim()
             return self.engine.on_time(now)
         timeout = self.config.handshake_timeout

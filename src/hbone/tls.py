@@ -51,6 +51,7 @@ if DIRECT:
     _clear_errors = lib.ERR_clear_error
     _from_buffer = ffi.from_buffer
     _NULL = ffi.NULL
+    _NOWHERE = ffi.new("char[1]")
     _WANT_READ = lib.SSL_ERROR_WANT_READ
     _ZERO_RETURN = lib.SSL_ERROR_ZERO_RETURN
 
@@ -228,11 +229,13 @@ class TlsConnection:
         self.alpn = alpn
         self.cipher = connection.get_cipher_name()
         self.group = connection.get_group_name()
+        check.path = []  # the same certificates, with all that was parsed of them
         self._watch()
         self._done = True
 
     def _watch(self) -> None:
         self._connection.set_info_callback(self._check.on_info)
+        self._keep_read_buffer()
 
     # Receiving
 
@@ -383,6 +386,16 @@ class TlsConnection:
         lib.SSL_set_bio(self._ssl, into, out)  # frees the old ones
         self._into = connection._into_ssl = into
         self._out = connection._from_ssl = out
+        # In this mode OpenSSL gives up the buffer of 17 KiB that it reads records into, once a read finds none.
+        lib.SSL_set_mode(self._ssl, lib.SSL_MODE_RELEASE_BUFFERS)
+        _clear_errors()
+        lib.SSL_peek(self._ssl, _NOWHERE, 1)
+        self._keep_read_buffer()
+
+    def _keep_read_buffer(self) -> None:
+        """The one that is written to is given up after each write, which costs nothing; a new one to read into does."""
+        lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_RELEASE_BUFFERS)
+        lib.SSL_set_mode(self._ssl, 0)  # clearing alone does not reach the part of OpenSSL that reads
 
 
 class PortableTlsConnection(TlsConnection):
