@@ -30,7 +30,7 @@ from miniistiod.store import Registration, StaleAuthorityError
 from miniistiod.workloads import entry_uid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from miniistiod.mesh import Mesh
     from miniistiod.store import Store
@@ -289,7 +289,7 @@ class Registrar:
         self._known[key] = registration
         self._away.pop(key, None)
         self._unsaved.discard(key)
-        await self._show()
+        await self._show([key, *others])
         if before is None or before.gone:
             _log.info(
                 "machine registered",
@@ -304,12 +304,11 @@ class Registrar:
         """Machines that are away and had the address; refuses one that somebody else has now."""
         network = registration.network or self._mesh.network
         own = entry_uid(self._cluster_id, *registration.key)
-        uids = {entry_uid(self._cluster_id, *key): key for key in self._known}
         found = []
         for name in self._mesh.catalog.by_alias.get(f"{network}/{registration.address}", ()):
             if name == own:
                 continue
-            key = uids.get(name)
+            key = next((key for key in self._known if entry_uid(self._cluster_id, *key) == name), None)
             if key is None or key not in self._away:
                 raise RegistrationError(f"the address {registration.address} belongs to another workload or service")
             found.append(key)
@@ -376,16 +375,23 @@ class Registrar:
             del self._known[key]
             self._away.pop(key, None)
 
-    async def _show(self) -> None:
-        """Make the mesh agree: those who are there, each made from its group as it is now."""
-        wanted: dict[tuple[str, str], WorkloadEntry] = {}
-        for key, item in self._known.items():
-            group = None if item.gone else self._mesh.group(item.namespace, item.group)
-            if group is not None:
-                wanted[key] = entry_of(item, group)
-        changed = [entry for key, entry in wanted.items() if self._shown.get(key) != entry]
-        removed = [key for key in self._shown if key not in wanted]
-        self._shown = wanted
+    async def _show(self, keys: Iterable[tuple[str, str]] | None = None) -> None:
+        """Make the mesh agree: those who are there, each made from its group as it is now.
+
+        Args:
+            keys: machines that something happened to; None looks at all, as when a group may have changed.
+        """
+        changed: list[WorkloadEntry] = []
+        removed: list[tuple[str, str]] = []
+        for key in list(dict.fromkeys((*self._known, *self._shown))) if keys is None else keys:
+            item = self._known.get(key)
+            group = None if item is None or item.gone else self._mesh.group(item.namespace, item.group)
+            entry = None if item is None or group is None else entry_of(item, group)
+            if entry is not None and self._shown.get(key) != entry:
+                self._shown[key] = entry
+                changed.append(entry)
+            elif entry is None and self._shown.pop(key, None) is not None:
+                removed.append(key)
         if removed:
             await self._mesh.drop_entries(removed)
         if changed:

@@ -20,7 +20,7 @@ from tests.support.sizes import size
 
 from hbone.grpc import StatusCode
 from hbone.identity import SpiffeId
-from miniistiod import admin_client, cli, issue_tokens
+from miniistiod import admin_client, cli, issue_tokens, registrar
 from miniistiod.auth import BadNode, Caller, Node, read_node
 from miniistiod.registrar import RegistrationError, entry_of, make_registration
 from miniistiod.resources import WorkloadGroup
@@ -328,6 +328,37 @@ async def test_a_machine_joins_leaves_and_comes_back(tmp_path: Path) -> None:
             assert found is not None
             assert found.addresses == [bytes([10, 2, 0, 77])]
             assert state_of(cp) == "connected"
+
+
+async def test_a_machine_that_joins_costs_no_look_at_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with control_plane(tmp_path, GROUPS) as cp:
+        who = await joined(cp)
+        for number in range(200):
+            item = attrs.evolve(registered(), name=f"old-{number}", address=f"10.4.0.{number}", disconnected=5.0)
+            cp.store.register(item)
+    made: list[str] = []
+    costs: list[list[str]] = []
+    register = registrar.Registrar._register
+
+    def counted(item: Any, group: WorkloadGroup) -> Any:
+        made.append(item.name)
+        return entry_of(item, group)
+
+    async def measured(self: registrar.Registrar, *arguments: Any) -> None:
+        before = len(made)
+        await register(self, *arguments)  # alone, under the registrar's lock
+        costs.append(made[before:])
+
+    async with control_plane(tmp_path, None) as cp:
+        assert len(cp.api.registrar.describe()) == 200
+        monkeypatch.setattr(registrar, "entry_of", counted)
+        monkeypatch.setattr(registrar.Registrar, "_register", measured)
+        async with machine(cp, who) as stream:
+            await stream.response()
+            assert workload(cp) is not None
+            assert costs == [["vm-1"]]
 
 
 async def test_the_group_may_be_named_by_the_node_instead(tmp_path: Path) -> None:
