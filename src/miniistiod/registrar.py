@@ -208,6 +208,8 @@ class Registrar:
         """What the mesh has of them."""
         self._away: dict[tuple[str, str], float] = {}
         """By when a machine that is away must be back, by Trio's clock."""
+        self._open: dict[str, Registration] = {}
+        """What each stream that is open registered: while a machine's ztunnel is replaced, there are two."""
         self._unsaved: set[tuple[str, str]] = set()
         self._state_changed = False
         self._wake = trio.Event()
@@ -287,6 +289,7 @@ class Registrar:
         await trio.to_thread.run_sync(self._save, registration, caller)
         await self._remove([other for other in others if other in self._known])
         self._known[key] = registration
+        self._open[registration.stream] = registration
         self._away.pop(key, None)
         self._unsaved.discard(key)
         await self._show([key, *others])
@@ -328,11 +331,16 @@ class Registrar:
         raise RegistrationError("roots and revocations change without pause; try again")
 
     def disconnected(self, stream: str) -> None:
-        """A stream has ended. A later stream of the same machine is not affected."""
+        """A stream has ended. Another stream of the same machine keeps it, whichever is the older."""
+        self._open.pop(stream, None)
         for key, item in self._known.items():
             if item.stream == stream and item.disconnected is None:
-                self._known[key] = attrs.evolve(item, disconnected=self._wall())
-                self._away[key] = trio.current_time() + self._grace
+                others = [each for each in self._open.values() if each.key == key and each.address == item.address]
+                if others:
+                    self._known[key] = attrs.evolve(item, stream=others[-1].stream, serial=others[-1].serial)
+                else:
+                    self._known[key] = attrs.evolve(item, disconnected=self._wall())
+                    self._away[key] = trio.current_time() + self._grace
                 self._unsaved.add(key)
                 self._wake.set()
 

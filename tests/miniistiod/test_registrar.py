@@ -409,6 +409,22 @@ async def test_the_newest_stream_counts(tmp_path: Path) -> None:
                 assert workload(cp) is not None
 
 
+async def test_an_older_stream_keeps_the_machine_when_the_newer_one_ends(tmp_path: Path) -> None:
+    """As when another ztunnel wants to take over on a host, and does not get ready."""
+    async with control_plane(tmp_path, GROUPS, registration_grace=SHORT) as cp:
+        who = await joined(cp)
+        async with machine(cp, who) as stream:
+            await stream.response()
+            async with machine(cp, who) as newer:
+                await newer.response()
+            await until(lambda: len(cp.api.discovery.streams) == 1)
+            assert state_of(cp) == "connected"
+            assert cp.api.registrar._away == {}
+            assert workload(cp) is not None
+        await until(lambda: state_of(cp) == "gone")
+        assert cp.api.registrar._open == {}
+
+
 async def test_a_machine_is_there_again_after_a_restart(tmp_path: Path) -> None:
     async with control_plane(tmp_path, GROUPS) as cp:
         who = await joined(cp)
