@@ -55,10 +55,15 @@ async def apply(store: Store, response: Response, pace: Pace) -> Applied:
 
 
 async def _apply_addresses(store: Store, response: Response, pace: Pace) -> Applied:
-    push = store.prepare() if response.count + len(response.removed) > FEW else None
+    slices = pace.begin()
+    push = None
+    if response.count + len(response.removed) > FEW:
+        while store.settle(1):  # what is left of the one before, or it would be done at once
+            if slices.due():
+                await slices.rest()
+        push = store.prepare()
     good: list[Any] = []
     found = _Found()
-    slices = pace.begin()
     for item in response.resources():
         name, payload = item.name, item.resource.value
         try:

@@ -217,3 +217,17 @@ async def test_policies_overtake_workloads_unless_one_is_taken_away() -> None:
         gates["a1"].set()
         await lanes.below(1)
     assert done == ["p1", "a1", "p2", "a2"]
+
+
+async def test_what_is_left_of_a_push_is_worked_in_a_little_at_a_time_before_the_next() -> None:
+    store, pace = Store(), Pace(clock=frozen_clock)
+    for namespace in ("one", "two", "three"):
+        raw = raw_response((uid(n), workload(n, namespace=namespace)) for n in range(1000))
+        rests = pace.slices
+        await put(store, raw, pace)
+        assert pace.longest <= ITEMS
+        # To see what there is, to read it, and for the third to work in the second; the first stands alone.
+        assert pace.slices - rests >= (1000 // ITEMS) * (3 if namespace == "three" else 2)
+    found = store.workload_by_address("", parse_ip("10.0.0.7"))
+    assert found is not None
+    assert found.namespace == "three"
