@@ -27,7 +27,7 @@ def look(status: dict[str, Any]) -> dict[str, Any]:
         status: The daemon's short view.
 
     Returns:
-        `inboundCaptured` and `outboundCaptured` (null: could not be seen, and `why`), `ports`.
+        `inboundCaptured`, `outboundCaptured` and `dnsCaptured` (null: could not be seen, and `why`), `ports`.
     """
     pid = int(status["pid"])
     own = {str(address).rpartition(":")[2] for address in status["listeners"].values()}
@@ -37,10 +37,12 @@ def look(status: dict[str, Any]) -> dict[str, Any]:
         if not address.is_loopback and str(port) not in own
     ]
     targets, why = _capture_targets(pid)
-    found: dict[str, Any] = {"inboundCaptured": None, "outboundCaptured": None, "why": why, "ports": ports}
+    found: dict[str, Any] = dict.fromkeys(("inboundCaptured", "outboundCaptured", "dnsCaptured"))
+    found |= {"why": why, "ports": ports}
     if targets is not None:
         found["inboundCaptured"] = _port(status, "inbound") in targets
         found["outboundCaptured"] = _port(status, "outbound") in targets
+        found["dnsCaptured"] = "dns" in status["listeners"] and _port(status, "dns") in targets
         if found["inboundCaptured"]:
             found["ports"] = []
     return found
@@ -122,7 +124,10 @@ def capture_text(found: dict[str, Any]) -> str:
     if found["inboundCaptured"] is None:
         return f"not known: {found['why']}"
     words = {True: "yes", False: "no"}
-    return f"inbound {words[found['inboundCaptured']]}, outbound {words[found['outboundCaptured']]} (by nftables rules)"
+    return (
+        f"inbound {words[found['inboundCaptured']]}, outbound {words[found['outboundCaptured']]},"
+        f" DNS {words[found['dnsCaptured']]} (by nftables rules)"
+    )
 
 
 def exposed_text(found: dict[str, Any]) -> str:

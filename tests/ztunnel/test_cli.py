@@ -226,6 +226,21 @@ def test_redirects_are_found_wherever_they_are_in_a_ruleset() -> None:
     assert reach.redirects({}) == set()
 
 
+@pytest.mark.parametrize(
+    ("targets", "text"), [({15001, 15053}, "inbound no, outbound yes, DNS yes"), ({15006}, "DNS no")]
+)
+def test_what_is_captured_is_told_by_kind(targets: set[int], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "_capture_targets", lambda _: (targets, None))
+    ports = {"outbound": 15001, "inbound": 15006, "dns": 15053}
+    status: dict[str, Any] = {
+        "pid": os.getpid(),
+        "listeners": {name: f"127.0.0.1:{port}" for name, port in ports.items()},
+    }
+    assert text in reach.capture_text(reach.look(status))
+    del status["listeners"]["dns"]
+    assert "DNS no" in reach.capture_text(reach.look(status))
+
+
 # enrolment
 
 
