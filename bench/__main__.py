@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=1.5, metavar="S", help="length of one turn (%(default)s)")
     made.add_argument("--workload", action="append", choices=list(WORKLOADS), help="only this one; may be repeated")
     made.add_argument("--workers", type=int, default=1, metavar="N", help="workers of each proxy (%(default)s)")
+    made.add_argument("--pure", action="store_true", help="ours as plain Python, even where `make compiled` was run")
     made.add_argument("--loopback", action="store_true", help="loopback hosts, even where namespaces can be made")
     made.add_argument(
         "--control-plane", action="store_true", help="miniistiod instead: 100,000 workloads, 1,000 subscribers"
@@ -61,6 +62,7 @@ def plan_of(options: argparse.Namespace, descriptors: int) -> Plan:
         pushed=10_000 if quick else 100_000,
         workers=options.workers,
         workloads=tuple(options.workload or ()),
+        pure=options.pure,
     )
 
 
@@ -136,9 +138,12 @@ def main() -> int:
         The exit code.
     """
     options = parser().parse_args()
-    if options.publish and (options.quick or options.workload or options.loopback or options.workers != 1):
+    if options.publish and (
+        options.quick or options.workload or options.loopback or options.pure or options.workers != 1
+    ):
         print(
-            "make bench: --publish needs a whole run: no --quick, --workload, --loopback or --workers", file=sys.stderr
+            "make bench: --publish needs a whole run: no --quick, --workload, --loopback, --pure or --workers",
+            file=sys.stderr,
         )
         return 2
     if options.rounds < 1 or options.seconds <= 0 or options.workers < 1:

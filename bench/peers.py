@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -25,10 +26,10 @@ from bench.measure import resident, spawn
 from hbone.testing.envoy import EnvoyPorts
 from hbone.testing.hosts import NamespaceHost
 from hbone.testing.mesh import CONTROL_PLANE, Daemon, Mesh, mesh
+from hbone.version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from bench.catalogue import Stage as StageName
     from hbone.testing.hosts import Host
@@ -39,6 +40,8 @@ ENVOY, RUST = "envoy", "ztunnel-rs"
 PORTS = {OURS: 8080, ENVOY: 8081, DIRECT: 8082, RUST: 8080}
 """The application's ports; which one decides whose proxies a connection goes through."""
 POLICIES = 1000
+COMPILED = Path(__file__).parents[1] / "build" / "compiled"
+"""What `make compiled` makes."""
 LOOPBACK = "127.0.79"
 """Where loopback hosts are; not where tests and demos have theirs."""
 
@@ -75,6 +78,8 @@ class Plan:
     """Worker threads or processes of each proxy."""
     workloads: tuple[str, ...] = ()
     """Only these, where any are named."""
+    pure: bool = False
+    """Our data path as plain Python, though it may be there compiled."""
 
 
 @attrs.frozen(kw_only=True)
@@ -130,6 +135,11 @@ def _documents(with_rust: bool) -> dict[str, str]:
     return {"bench": "---\n".join([*made, policies(1)])}
 
 
+def compiled() -> dict[str, str]:
+    """The environment with which our commands run compiled; empty where nobody has compiled them."""
+    return {"PYTHONPATH": str(COMPILED)} if any(COMPILED.glob("ztunnel/dataplane/*.so")) else {}
+
+
 @contextlib.asynccontextmanager
 async def stage(directory: Path, name: StageName, plan: Plan) -> AsyncIterator[Stage]:
     """Start every peer that can be had, as `name` wants them.
@@ -153,12 +163,12 @@ async def stage(directory: Path, name: StageName, plan: Plan) -> AsyncIterator[S
         ports = envoy_ports(alpha, beta)
         _prepare(running, ports)
         await _application(beta, list({*PORTS.values()}), stack)
-        environment = {"ZTUNNEL_WORKER_THREADS": str(plan.workers)}
+        environment = {"ZTUNNEL_WORKER_THREADS": str(plan.workers)} | ({} if plan.pure else compiled())
         if name == "tunnels":
             environment["POOL_MAX_STREAMS_PER_CONNECTION"] = "1"
             environment["POOL_UNUSED_RELEASE_TIMEOUT"] = "100ms"
         peers = [Peer(name=DIRECT, job={"host": beta.address, "port": PORTS[DIRECT]})]
-        versions = {}
+        versions = {OURS: f"{VERSION} ({'compiled' if 'PYTHONPATH' in environment else 'plain Python'})"}
         hostile = name == "scale"
         peers.append(await _ours(running, environment, hostile))
         if BINARY.exists():

@@ -139,7 +139,7 @@ def readme_block(outcome: Outcome, verdict: Verdict) -> str:
     host = host_facts()
     return "\n\n".join(
         [
-            f"`{host['name']}`: {_machine(host)}; beside {versions}; {plan.rounds} rounds, "
+            f"`{host['name']}`: {_machine(host)}; {versions}; {plan.rounds} rounds, "
             f"{plan.idle_streams:,} idle streams, {plan.idle_tunnels:,} idle tunnels, {plan.pushed:,} workloads "
             "pushed.",
             "![ours to theirs, by workload](docs/bench.svg)",

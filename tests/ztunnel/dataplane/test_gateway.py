@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 from tests.support.gateway import NAME, Crossing, open_crossing
-from tests.support.pair import CA, Host, echo, make_host, reset
+from tests.support.pair import CA, Host, echo, make_host, reset, stand_in
 
 from hbone.identity import Identity, RevocationLists
 from ztunnel.control.revocation import pack_lists
@@ -269,7 +269,7 @@ async def test_an_endpoint_that_is_down_is_an_error_and_the_next_one_is_tried_by
 
 
 async def test_a_refusal_behind_the_gateway_is_told(crossing: Crossing) -> None:
-    crossing.server.plane.inbound._serve = lambda end, *_: end.reject(401)  # type: ignore[method-assign]
+    stand_in(crossing.server.plane.inbound, "_serve", lambda end, *_: end.reject(401))
     await is_cut(await crossing.connect())
     await crossing.settle(lambda: bool(crossing.client.log.errors))
     assert crossing.client.log.errors == ["http status: 401 Unauthorized"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support.nested import Nested
+from tests.support.pair import stand_in
 
 from hbone.config import ConnectionConfig
 from hbone.errors import ErrorCode
@@ -225,7 +226,7 @@ def test_whatever_the_gateway_makes_of_the_bytes_nothing_false_arrives(seed: int
         honest(spoilt)
         return len(data)
 
-    wire.put = spoil  # type: ignore[method-assign]
+    stand_in(wire, "put", spoil)
     came = bytearray()
     for _ in range(20):
         nested.settle()

@@ -8,7 +8,7 @@ import attrs
 import pytest
 import trio
 import trio.testing
-from tests.support.pair import CA, Host, Pair, echo, open_pair
+from tests.support.pair import CA, Host, Pair, echo, open_pair, stand_in
 
 from hbone.identity import Identity, RevocationLists
 from ztunnel.control.revocation import pack_lists
@@ -210,7 +210,7 @@ async def test_lists_that_come_during_a_handshake_are_asked_when_it_is_done(pair
         accepted(*arguments)  # type: ignore[arg-type]
         pair.server.revocations._set(crl, RevocationLists())
 
-    pair.server.plane.inbound._shake_hands = shake_hands  # type: ignore[method-assign, assignment]
+    stand_in(pair.server.plane.inbound, "_shake_hands", shake_hands)
     await ends(await pair.connect())
     await pair.settle(lambda: bool(pair.server.log.denied))
     assert pair.server.log.denied == [REVOKED]

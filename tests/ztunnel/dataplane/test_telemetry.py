@@ -9,7 +9,7 @@ import pytest
 import trio
 from tests.support.gateway import open_crossing
 from tests.support.mesh import service, tcp
-from tests.support.pair import Pair, echo, fresh_ip, open_pair
+from tests.support.pair import Pair, echo, fresh_ip, open_pair, stand_in
 
 from ztunnel.dataplane.outbound import OutboundConnection
 from ztunnel.mesh import parse_ip
@@ -100,7 +100,7 @@ async def test_the_network_is_told_to_the_peer_behind_a_gateway_and_to_nobody_el
             heard.append(headers)
             received(end, headers)
 
-        host.plane.inbound.connect_received = connect_received  # type: ignore[method-assign]
+        stand_in(host.plane.inbound, "connect_received", connect_received)
 
     near: list[Headers] = []
     async with open_pair(network="near") as pair:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
-from tests.support.pair import CA, Lines, Pair, echo, make_host, open_pair, reset
+from tests.support.pair import CA, Lines, Pair, echo, make_host, open_pair, reset, stand_in
 
 from hbone.errors import ErrorCode
 from ztunnel.dataplane import Reactor
@@ -67,10 +67,10 @@ async def test_a_connect_that_was_not_processed_is_tried_again(pair: Pair) -> No
         def refuse_once(end: StreamEnd, headers: Headers) -> None:
             nonlocal refused
             refused += 1
-            inbound.connect_received = real  # type: ignore[method-assign]
+            stand_in(inbound, "connect_received", real)
             end.reset(ErrorCode.REFUSED_STREAM)
 
-        inbound.connect_received = refuse_once  # type: ignore[method-assign]
+        stand_in(inbound, "connect_received", refuse_once)
         async with await pair.connect() as stream:
             await stream.send_all(b"y")
             assert await stream.receive_some(1) == b"y"
@@ -86,7 +86,7 @@ async def test_a_connect_that_was_processed_is_not(pair: Pair) -> None:
             asked += 1
             end.reset(ErrorCode.INTERNAL_ERROR)
 
-        pair.server.plane.inbound.connect_received = fail  # type: ignore[method-assign]
+        stand_in(pair.server.plane.inbound, "connect_received", fail)
         async with await pair.connect() as stream:
             with contextlib.suppress(trio.BrokenResourceError):
                 assert await stream.receive_some(1) == b""
@@ -98,7 +98,7 @@ async def test_a_connect_that_was_processed_is_not(pair: Pair) -> None:
 async def test_an_app_that_gives_up_before_the_answer_takes_its_stream_with_it(pair: Pair) -> None:
     async with await warm(pair):
         asked: list[StreamEnd] = []
-        pair.server.plane.inbound.connect_received = lambda end, headers: asked.append(end)  # type: ignore[method-assign]
+        stand_in(pair.server.plane.inbound, "connect_received", lambda end, headers: asked.append(end))
         stream = await pair.connect()
         await pair.settle(lambda: len(asked) == 1)
         (pending,) = pair.client.plane.outbound.pending
@@ -111,7 +111,7 @@ async def test_an_app_that_gives_up_before_the_answer_takes_its_stream_with_it(p
 async def test_a_connect_without_an_answer_is_given_up(pair: Pair) -> None:
     async with await warm(pair):
         asked: list[StreamEnd] = []
-        pair.server.plane.inbound.connect_received = lambda end, headers: asked.append(end)  # type: ignore[method-assign]
+        stand_in(pair.server.plane.inbound, "connect_received", lambda end, headers: asked.append(end))
         async with await pair.connect() as stream:
             await pair.settle(lambda: len(asked) == 1)
             (pending,) = pair.client.plane.outbound.pending
