@@ -11,7 +11,6 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import pytest
 import trio
 import trio.lowlevel
 from tests.support.mesh import hbone
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from hbone.identity import Identity
     from ztunnel.errors import DataplaneError
 
-__all__ = ["CountingCalls", "Host", "Lines", "Pair", "counts", "echo", "open_pair", "reset", "stand_in"]
+__all__ = ["CountingCalls", "Host", "Lines", "Pair", "counts", "echo", "open_pair", "reset"]
 
 _hosts = itertools.count(1)
 CA = TestCa()
@@ -253,14 +252,3 @@ def reset(stream: trio.SocketStream) -> None:
     """Close with RST."""
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     stream.socket.close()
-
-
-def stand_in(owner: object, name: str, method: Callable[..., Any]) -> None:
-    """Put `method` in the place of one of `owner`'s, for a peer that behaves in a way that ours never does.
-
-    Compiled classes let nobody do so; the test is skipped there.
-    """
-    try:
-        setattr(owner, name, method)
-    except AttributeError:
-        pytest.skip("the classes of a compiled data path cannot be changed")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
+from tests.support.compiled import plain_only
 from tests.support.mesh import at, hbone
 
 from ztunnel.dataplane.connections import Connections, InboundConnection
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 MANY = 500
 ONE = hbone("one", "10.2.0.1")
 OTHER = hbone("other", "10.2.0.2", namespace="elsewhere")
+
+
+pytestmark = plain_only
 
 
 class Counted(InboundConnection):

@@ -11,8 +11,9 @@ import attrs
 import pytest
 import trio
 import trio.testing
+from tests.support.compiled import stand_in
 from tests.support.gateway import NAME, Crossing, open_crossing
-from tests.support.pair import CA, Host, echo, make_host, reset, stand_in
+from tests.support.pair import CA, Host, echo, make_host, reset
 
 from hbone.identity import Identity, RevocationLists
 from ztunnel.control.revocation import pack_lists

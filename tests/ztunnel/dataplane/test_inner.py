@@ -7,8 +7,8 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support.compiled import stand_in
 from tests.support.nested import Nested
-from tests.support.pair import stand_in
 
 from hbone.config import ConnectionConfig
 from hbone.errors import ErrorCode

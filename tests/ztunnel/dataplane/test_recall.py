@@ -8,7 +8,8 @@ import attrs
 import pytest
 import trio
 import trio.testing
-from tests.support.pair import CA, Host, Pair, echo, open_pair, stand_in
+from tests.support.compiled import stand_in
+from tests.support.pair import CA, Host, Pair, echo, open_pair
 
 from hbone.identity import Identity, RevocationLists
 from ztunnel.control.revocation import pack_lists

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import attrs
 import pytest
 import trio
+from tests.support.compiled import stand_in
 from tests.support.gateway import open_crossing
 from tests.support.mesh import service, tcp
-from tests.support.pair import Pair, echo, fresh_ip, open_pair, stand_in
+from tests.support.pair import Pair, echo, fresh_ip, open_pair
 
 from ztunnel.dataplane.outbound import OutboundConnection
 from ztunnel.mesh import parse_ip

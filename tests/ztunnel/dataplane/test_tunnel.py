@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
-from tests.support.pair import CA, Lines, Pair, echo, make_host, open_pair, reset, stand_in
+from tests.support.compiled import stand_in
+from tests.support.pair import CA, Lines, Pair, echo, make_host, open_pair, reset
 
 from hbone.errors import ErrorCode
 from ztunnel.dataplane import Reactor
