@@ -25,7 +25,7 @@ __all__ = ["ANSWER_TIMEOUT", "Demand"]
 ANSWER_TIMEOUT = 5.0
 """Seconds that the control plane has to say what an address is."""
 MAX_NAMES = 10_000
-"""Names that are asked for; miniistiod takes as many from one client."""
+"""Names that are remembered; miniistiod takes five times as many from one stream."""
 _ROUNDS = 3
 """Questions one after the other for one connection: an address, its service's waypoint, where that is."""
 
