@@ -59,7 +59,7 @@ PAGES = HttpLimits(request_seconds=600)
 """A dump of a large mesh takes its time, because connections go first; so does a profile."""
 _ADMIN_SOCKET = "admin-socket"
 _TAKEOVER_SOCKET = "takeover-socket"
-_TAKEOVER_PATIENCE = 10.0  # seconds that one which takes over waits for discovery, before the disk's picture will do
+_TAKEOVER_PATIENCE = 5.0  # seconds that one which takes over waits for discovery, before the disk's picture will do
 _LOCK_TRIES = 100
 _LOCK_STEP = 0.1  # seconds
 
