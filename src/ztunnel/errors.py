@@ -160,8 +160,10 @@ class RemoteNetwork(DataplaneError):
 class UnknownGateway(DataplaneError):
     """A network's gateway is named, but neither a workload nor an endpoint of it is known."""
 
-    def __init__(self, gateway: str) -> None:
+    def __init__(self, gateway: str, name: str = "") -> None:
         super().__init__(f"unknown network gateway: {gateway}")
+        self.name = name
+        """What it is called in discovery."""
 
 
 class ResolutionFailed(DataplaneError):

@@ -11,6 +11,7 @@ import trio
 from tests.support.background import mesh_ca
 from tests.support.lab import DOCUMENTS, ECHO, FAR, GUARDED, WITHIN, Lab, lab, needs_namespaces
 from tests.support.shop import until
+from tests.support.sizes import FULL
 
 from hbone.errors import ConnectRejected
 from hbone.testing.envoy import EnvoyPorts, config, envoy, sidecar_config
@@ -128,7 +129,9 @@ MESH = (
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     directory = tmp_path_factory.mktemp("lab")
-    with lab(directory, MESH, ("alpha", "gamma", "epsilon"), {"epsilon": "elsewhere"}) as running:
+    # In the long run addresses are asked for when they are needed; what is seen from outside is the same.
+    environment = {"XDS_ON_DEMAND": "true", "ISTIO_META_DNS_CAPTURE": "false"} if FULL else {}
+    with lab(directory, MESH, ("alpha", "gamma", "epsilon"), {"epsilon": "elsewhere"}, environment) as running:
         yield running
 
 

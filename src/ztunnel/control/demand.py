@@ -58,23 +58,28 @@ class Demand:
             names = [] if is_loopback(ip) or store.rejection(self._network, ip) else [f"{self._network}/{ip}"]
         else:
             names = [str(reference.destination) for reference in _references(workload, service)]
-        return [name for name in names if self._is_news(name)]
+        return [name for name in names if self.is_news(name)]
 
-    def _is_news(self, name: str) -> bool:
+    def is_news(self, name: str) -> bool:
         """Whether nobody asked for it, or the answer is not there yet; a service that is here need not be asked for."""
         if name in self._names:
             return self._names[name] is not None
         return name not in self._store.services
 
-    async def learn(self, ip: IpAddress, namespace: str) -> None:
+    async def learn(self, ip: IpAddress, namespace: str, *further: str) -> None:
         """Ask for what is missing, and wait for the answers.
+
+        Args:
+            ip: where a connection goes.
+            namespace: of its client.
+            further: names that turned out to be needed as well.
 
         Raises:
             DiscoveryTooSlow: there was none in time. It is not known whether plaintext would be right.
         """
         with trio.move_on_after(ANSWER_TIMEOUT):
             for _ in range(_ROUNDS):
-                names = self.missing(ip, namespace)
+                names = [*self.missing(ip, namespace), *(name for name in further if self.is_news(name))]
                 if not names:
                     return
                 for event in [self.ask(name) for name in names]:
@@ -82,6 +87,18 @@ class Demand:
                         await event.wait()
             return
         raise DiscoveryTooSlow(ip, ANSWER_TIMEOUT)
+
+    def wonder(self, ip: IpAddress) -> None:
+        """Ask who is at an address, for what is logged and counted later; nobody waits."""
+        if self._store.workload_by_address(self._network, canonical(ip)) is None and not is_loopback(ip):
+            self.ask(f"{self._network}/{canonical(ip)}")
+
+    async def hear_of(self, name: str) -> None:
+        """Ask for one name, and wait for the answer; without one in time it is as if there were no such thing."""
+        with trio.move_on_after(ANSWER_TIMEOUT):
+            event = self.ask(name)
+            if event is not None:
+                await event.wait()
 
     def ask(self, name: str) -> trio.Event | None:
         """Subscribe to a name; returns what is set once it is answered, None when it was."""

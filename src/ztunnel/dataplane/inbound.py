@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from hbone.engine.flow import WindowBudget
     from hbone.events import Headers
     from hbone.identity import Identity
+    from ztunnel.control.demand import Demand
     from ztunnel.dataplane.dialer import IdentitySource
     from ztunnel.dataplane.plane import Plane
     from ztunnel.dataplane.recall import Recall
@@ -247,12 +248,25 @@ class Inbound:
             if not end.closed:
                 self._serve(end, request, workload)
 
+    async def _hear_and_serve(
+        self, demand: Demand, end: StreamEnd, request: ConnectRequest, workload: Workload, name: str
+    ) -> None:
+        await demand.hear_of(name)
+        if not end.closed:
+            self._serve(end, request, workload, heard=True)
+
     def _deny(self, end: StreamEnd, error: DataplaneError) -> None:
         end.reject(error.status)
         tunnel = end.tunnel
         self.plane.log.early_deny(INBOUND, tunnel.address, self.tunnels.get(tunnel), error)
 
-    def _serve(self, end: StreamEnd, request: ConnectRequest, workload: Workload) -> None:
+    def _serve(self, end: StreamEnd, request: ConnectRequest, workload: Workload, *, heard: bool = False) -> None:
+        demand = self.plane.demand
+        if demand is not None and not heard:
+            name = _unheard(demand, request, workload)
+            if name is not None:
+                self.plane.reactor.start_task(self._hear_and_serve, demand, end, request, workload, name)
+                return
         plans = self._plans[end.tunnel]
         key = (request.authority, request.baggage, request.forwarded_host, request.network)
         plan = plans.get(key)
@@ -283,6 +297,8 @@ class Inbound:
         if isinstance(target, DataplaneError):
             return target
         peer = tunnel.peer
+        if plane.demand is not None:
+            plane.demand.wonder(tunnel.address[0])
         if peer is None:  # it cannot be: streams come after the handshake
             return IdentityUnavailable("the peer proved no identity")
         return InboundPlan(plane, workload, tunnel, local, peer, request, target)
@@ -311,6 +327,14 @@ class Inbound:
         if self._response is None or self._response[0] is not workload:
             self._response = (workload, response_headers(baggage_of(workload)))
         return self._response[1]
+
+
+def _unheard(demand: Demand, request: ConnectRequest, workload: Workload) -> str | None:
+    """The service of the workload that is asked for by its host name, if nobody has told of it yet."""
+    host = request.authority.host
+    if request.authority.ip is not None:
+        return None
+    return next((key for key in workload.services if key.partition("/")[2] == host and demand.is_news(key)), None)
 
 
 class StreamConnection(InboundConnection):

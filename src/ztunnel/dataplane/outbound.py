@@ -24,6 +24,7 @@ from ztunnel.errors import (
     Http2Failed,
     ReceiveFailed,
     TunnelRejected,
+    UnknownGateway,
     address_text,
 )
 from ztunnel.logs import OUTBOUND, AccessRecord
@@ -248,10 +249,10 @@ class OutboundConnection(AppConnection):
         else:
             self._go(source)
 
-    async def _learn(self, demand: Demand) -> None:
+    async def _learn(self, demand: Demand, *further: str) -> None:
         """Ask the control plane what the destination is."""
         try:
-            await demand.learn(self.destination[0], self.source.namespace)
+            await demand.learn(self.destination[0], self.source.namespace, *further)
         except DataplaneError as exc:
             self.fail(exc)
         else:
@@ -263,7 +264,11 @@ class OutboundConnection(AppConnection):
         if isinstance(found, Plan):
             self._take(found)
         elif isinstance(found, Refused):
-            self.fail(found.error)
+            error, demand = found.error, self.plane.demand
+            if demand is not None and isinstance(error, UnknownGateway) and demand.is_news(error.name):
+                self.plane.reactor.start_task(self._learn, demand, error.name)
+            else:
+                self.fail(error)
         else:
             self.plane.reactor.start_task(self._resolve, found)
 

@@ -369,7 +369,7 @@ def _to_gateway(
         return Refused(RemoteNetwork(destination, upstream.network))
     found = find_place(store, source, reference, destination[0], rng, Purpose.GATEWAY)
     if not isinstance(found, Place):
-        return Refused(UnknownGateway(str(reference)))
+        return Refused(UnknownGateway(str(reference), str(reference.destination)))
     try:
         authority = str(Authority(addressed.hostname.lower(), destination[1]))
     except AuthorityError as error:

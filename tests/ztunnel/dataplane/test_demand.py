@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 import trio
+from tests.support.gateway import open_crossing
+from tests.support.mesh import service
 from tests.support.pair import Pair, echo, open_pair
 
+import hbone
+import hbone.trio
 from ztunnel.control.demand import Demand
+from ztunnel.mesh import parse_ip
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -58,3 +64,55 @@ async def test_connection_is_refused_while_nobody_says_what_its_destination_is(
     await pair.settle(lambda: bool(pair.client.log.denied))
     assert "the control plane did not say" in str(pair.client.log.denied[0])
     assert not pair.client.log.completed  # nothing was dialled, above all not in plaintext
+
+
+async def test_service_that_a_tunnel_asks_for_by_name_is_heard_of_first(pair: Pair) -> None:
+    port = await pair.serve(echo)
+    web = service("web", hostname="web.example", ports={80: port})
+    server = attrs.evolve(pair.server.workload, services={web.key: {}})
+    pair.store.apply_addresses([server])
+    demand = pair.server.plane._plane.demand = Demand(pair.store, "")
+    identity = pair.client.identities.identity
+    assert identity is not None
+    async with hbone.trio.ConnectionPool(hbone.StaticSource(identity.svid, identity.bundles)) as pool:
+        statuses: list[int] = []
+
+        async def ask(host: str) -> None:
+            try:
+                stream = await pool.connect(f"{host}:80", via=(pair.server.ip, 15008), peer=str(server.identity))
+            except hbone.ConnectRejected as error:
+                statuses.append(error.status)
+            else:
+                statuses.append(200)
+                await stream.aclose()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, "web.example")
+            await demand.more.wait()
+            assert demand.unsaid() == [web.key]
+            assert not statuses
+            pair.store.apply_addresses([web])
+            demand.answered([web.key])
+        await ask("web.example")
+        await ask("other.example")  # none of the workload's: nobody is asked
+        assert statuses == [200, 200, 503]
+        assert demand.unsaid() == ["/127.0.0.1"]  # who that was, for the log of the next ones
+
+
+async def test_gateway_of_a_network_is_asked_for_when_a_connection_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ztunnel.control.demand.is_loopback", lambda _: False)
+    async with open_crossing() as crossing:
+        await crossing.serve(echo)
+        crossing.take_service()
+        gateway = crossing.store.workload_by_address("far", parse_ip(crossing.gateway.ip))
+        assert gateway is not None
+        crossing.store.apply_addresses([], [gateway.uid])
+        demand = crossing.client.plane._plane.demand = Demand(crossing.store, "near")
+        with trio.fail_after(60):
+            async with await crossing.connect() as stream:
+                await stream.send_all(b"x")
+                await demand.more.wait()
+                assert demand.unsaid() == [f"far/{crossing.gateway.ip}"]
+                crossing.store.apply_addresses([gateway])
+                demand.answered([f"far/{crossing.gateway.ip}"])
+                assert await stream.receive_some(1) == b"x"
