@@ -258,8 +258,7 @@ class Config:
         False,
         env="XDS_ON_DEMAND",
         parse=exactly_true,
-        meaning="ask for an address when a connection needs it, instead of subscribing to all;"
-        " not with the DNS proxy, nor with several workers",
+        meaning="ask for an address when a connection needs it, instead of subscribing to all; not with the DNS proxy",
     )
     localhost_app_tunnel: bool = setting(
         True,

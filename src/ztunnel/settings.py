@@ -137,15 +137,10 @@ def read_settings(fields: Fields, environ: Mapping[str, str], directory: Path) -
         raise ConfigurationError(
             "ENABLE_PROXY is false, and ztunnel run without any servers enabled does nothing; unset it"
         )
-    if values.get("on_demand"):
-        if values.get("dns_proxy", True):
-            raise ConfigurationError(
-                "XDS_ON_DEMAND and the DNS proxy are both on, which needs all names; set ISTIO_META_DNS_CAPTURE=false"
-            )
-        if (values.get("worker_threads") or "1") != "1":
-            raise ConfigurationError(
-                "XDS_ON_DEMAND needs a ztunnel of one process; unset ZTUNNEL_WORKER_THREADS, or XDS_ON_DEMAND"
-            )
+    if values.get("on_demand") and values.get("dns_proxy", True):
+        raise ConfigurationError(
+            "XDS_ON_DEMAND and the DNS proxy are both on, which needs all names; set ISTIO_META_DNS_CAPTURE=false"
+        )
     values["xds_headers"] = read_headers(environ, "XDS_HEADER_")
     values["ca_headers"] = read_headers(environ, "CA_HEADER_")
     json_metadata, complaints = read_json_metadata(environ)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.support.lab import needs_namespaces
 from tests.support.shop import DENY_ALL, ECHO, echo, shop, until
+from tests.support.sizes import FULL
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +33,10 @@ async def _known(running: Mesh, host: str) -> set[str]:
     return {workload["name"] for workload in dump["workloads"]}
 
 
-async def test_what_connections_need_is_asked_for_and_nothing_else_is_known(tmp_path: Path) -> None:
-    async with shop(tmp_path, namespaces=True, environment=ON_DEMAND) as running:
+@pytest.mark.parametrize("workers", ["1", "2"] if FULL else ["2"])
+async def test_what_connections_need_is_asked_for_and_nothing_else_is_known(tmp_path: Path, workers: str) -> None:
+    environment = {**ON_DEMAND, "ZTUNNEL_WORKER_THREADS": workers}
+    async with shop(tmp_path, namespaces=True, environment=environment) as running:
         alpha, beta = running.ztunnels["alpha"], running.ztunnels["beta"]
 
         async def knows_itself() -> bool:

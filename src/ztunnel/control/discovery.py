@@ -374,8 +374,11 @@ class DiscoveryClient:
         """Apply a response of one of the two types; returns what to answer."""
         url = response.type_url
         answer = discovery_pb2.DeltaDiscoveryRequest(type_url=url, response_nonce=response.nonce)
-        refused = await self._apply(response)
+        names: list[str] = []
+        refused = await self._apply(response, names)
         await self._spread(raw, response.count)  # what is acknowledged is in force everywhere
+        if self._demand is not None:
+            self._demand.answered(names)  # who waits looks at a store that has it, in a worker too
         if refused:
             self._rejected += len(refused)
             text = "; ".join(f"{error.name}: {error.reason}" for error in refused[:MAX_NACK])
@@ -465,8 +468,8 @@ class DiscoveryClient:
             answer.error_detail.message = f"{REVOCATION_NAME}: {error}"[:MAX_NACK]
             log.warning("revocation lists rejected; those before stay in force", error=str(error))
 
-    async def _apply(self, response: Response) -> Sequence[RejectedResource]:
-        """Put in force what is good; returns what was refused."""
+    async def _apply(self, response: Response, names: list[str]) -> Sequence[RejectedResource]:
+        """Put in force what is good; returns what was refused. On demand `names` gets everything that was told of."""
         applied = await apply(self._store, response, self._pace)
         self._metrics.xds_message(response.type_url, applied.nbytes)
         accepted = self._versions[response.type_url]
@@ -477,7 +480,8 @@ class DiscoveryClient:
             if slices.due():
                 await slices.rest()
         versions = applied.versions
-        answered = tuple(versions) if self._demand is not None else ()
+        if self._demand is not None:
+            names += (*versions, *applied.gone, *applied.aliases, *(error.name for error in applied.refused))
         while versions:
             name, version = versions.popitem()
             accepted[name] = version
@@ -485,8 +489,6 @@ class DiscoveryClient:
                 await slices.rest()
         for error in applied.refused:
             accepted.setdefault(error.name, "")  # in force as a refusal, so the server must say when it is gone
-        if self._demand is not None:
-            self._demand.answered((*answered, *applied.gone, *applied.aliases, *(one.name for one in applied.refused)))
         return applied.refused
 
     def _lost(self, text: str) -> None:

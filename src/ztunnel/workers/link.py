@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from hbone.daemon import logs
-from ztunnel.workers.wire import CONFIRMED, MAX_TO_PARENT, Decoder, Kind, Message, WireError
+from ztunnel.workers.wire import CONFIRMED, MAX_DEMANDED, MAX_TO_PARENT, Decoder, Kind, Message, WireError
 
 if TYPE_CHECKING:
     import socket
@@ -50,9 +50,18 @@ class Link:
         sock: to it; closed here.
         page: its counters; closed by `close`.
         fetch: called when one of its connections waits for a certificate.
+        demand: called when some of them wait to hear what names are.
     """
 
-    def __init__(self, number: int, pid: int, sock: socket.socket, page: Page, fetch: Callable[[Link], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        pid: int,
+        sock: socket.socket,
+        page: Page,
+        fetch: Callable[[Link], None],
+        demand: Callable[[Link, list[str]], None],
+    ) -> None:
         self.number = number
         self.pid = pid
         self.page = page
@@ -67,6 +76,7 @@ class Link:
         """How it ended: its exit code, or a signal below zero; None: it has not, or nobody knows."""
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
         self._fetch = fetch
+        self._demand = demand
         self._out: collections.deque[bytes | tuple[int, Generator[None, None, list[bytes]]]] = collections.deque()
         self._more = trio.Event()
         self._sent = 0
@@ -210,6 +220,11 @@ class Link:
                 waiting.event.set()
         elif kind is Kind.FETCH:
             self._fetch(self)
+        elif kind is Kind.DEMAND:
+            names = json.loads(message.body)
+            if not isinstance(names, list) or len(names) > MAX_DEMANDED or not all(isinstance(n, str) for n in names):
+                raise TypeError("a demand is no list of names")
+            self._demand(self, names)
         else:
             raise WireError(f"a worker sent {kind.name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import socket
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from hbone.identity import Identity
     from ztunnel.config import Config
+    from ztunnel.control.demand import Demand
     from ztunnel.given import Given
     from ztunnel.membership import Membership
     from ztunnel.metrics import Metrics
@@ -281,7 +283,7 @@ class Supervisor:
             theirs.close()
             if memory >= 0:
                 os.close(memory)
-        return Link(place.number, pid, ours, page, self._fetch)
+        return Link(place.number, pid, ours, page, self._fetch, self._demanded)
 
     async def _attend(self, place: _Place, link: Link) -> int:
         """Tell a new worker everything, and serve it until it ends; returns how many connections ended with it."""
@@ -405,6 +407,18 @@ class Supervisor:
         if not link.fetching and self._nursery is not None:
             link.fetching = True
             self._nursery.start_soon(self._fetch_for, link)
+
+    def _demanded(self, link: Link, names: list[str]) -> None:
+        if self._nursery is not None and self._mesh.demand is not None:
+            self._nursery.start_soon(self._answer, link, names, self._mesh.demand)
+
+    async def _answer(self, link: Link, names: list[str], demand: Demand) -> None:
+        """Tell a worker once names were answered; the answers themselves are told to all before."""
+        for name in names:
+            while link.alive and (waiting := demand.ask(name)) is not None:
+                await waiting.wait()
+        if link.alive:
+            link.send(Kind.ANSWERED, json.dumps(names).encode())
 
     async def _fetch_for(self, link: Link) -> None:
         try:

@@ -26,6 +26,8 @@ __all__ = ["Decoder", "Kind", "Message", "WireError", "pack_identity", "unpack_i
 
 MAX_TO_WORKER = 1 << 30
 """Bytes of a message to a worker: a picture of the mesh is the largest."""
+MAX_DEMANDED = 100
+"""Names of one DEMAND."""
 MAX_TO_PARENT = 64 << 20
 """Bytes of a message of a worker: its connections are the largest."""
 _HEAD = struct.Struct("!IBI")
@@ -66,6 +68,9 @@ class Kind(enum.IntEnum):
     RELEASE = 13
     """Accept nothing further, and leave what waits: the sockets are another daemon's now."""
 
+    ANSWERED = 14
+    """Names that DEMAND asked for were answered, and what was said of them is in the changes before this."""
+
     DONE = 20
     """Of a worker: the message of this number is in force."""
     FETCH = 21
@@ -74,9 +79,11 @@ class Kind(enum.IntEnum):
     """Of a worker: what a row of its counters means."""
     REPORTED = 23
     """Of a worker: the answer to the REPORT of this number."""
+    DEMAND = 24
+    """Of a worker: a connection waits to hear what these names are."""
 
 
-CONFIRMED = frozenset({Kind.SNAPSHOT, Kind.DELTA, Kind.IDENTITY, Kind.REVOCATIONS, Kind.ACCEPT})
+CONFIRMED = frozenset({Kind.SNAPSHOT, Kind.DELTA, Kind.IDENTITY, Kind.REVOCATIONS, Kind.ACCEPT, Kind.ANSWERED})
 """What a worker answers by DONE once it is in force."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import json
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ import trio
 from hbone.daemon import logs
 from ztunnel import heap, jsonstream
 from ztunnel.control.apply import apply
+from ztunnel.control.demand import Demand
 from ztunnel.control.lanes import Lanes
 from ztunnel.control.pace import Pace, QuietCollector, settle
 from ztunnel.control.response import read
@@ -32,7 +34,7 @@ from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, Store
 from ztunnel.profiler import Busy, sample
 from ztunnel.workers.book import WorkerMetrics
 from ztunnel.workers.process import call_ourselves, end_with
-from ztunnel.workers.wire import CONFIRMED, MAX_TO_WORKER, Decoder, Kind, Message, unpack_identity
+from ztunnel.workers.wire import CONFIRMED, MAX_DEMANDED, MAX_TO_WORKER, Decoder, Kind, Message, unpack_identity
 
 if TYPE_CHECKING:
     from hbone.identity import Identity, SpiffeId
@@ -44,7 +46,7 @@ __all__ = ["Setup", "Worker", "main"]
 
 READ_SIZE = 256 * 1024
 
-_OWN_LANES = {Kind.IDENTITY: "identity", Kind.REVOCATIONS: "revocations"}
+_OWN_LANES = {Kind.IDENTITY: "identity", Kind.REVOCATIONS: "revocations", Kind.ANSWERED: ADDRESS_TYPE}
 
 log = logs.get_logger("ztunnel.workers")
 
@@ -152,6 +154,7 @@ class Worker:
         self.identity = ReceivedIdentity(lambda: self._send(Message(Kind.FETCH)))
         self.revocations = Revocations()
         config = setup.config
+        self._demand = Demand(self.store, config.network) if config.on_demand else None
         self.dataplane = Dataplane(
             reactor,
             config,
@@ -160,6 +163,7 @@ class Worker:
             self.metrics,
             AccessLog(policy_at_info=config.policy_info_logging),
             revocations=self.revocations,
+            demand=self._demand,
         )
         self._sock = sock
         self._out: collections.deque[bytes] = collections.deque()
@@ -185,6 +189,8 @@ class Worker:
                 nursery.start_soon(self._write)
                 nursery.start_soon(self._change)
                 nursery.start_soon(self._answer)
+                if self._demand is not None:
+                    nursery.start_soon(self._ask, self._demand)
                 await self._drain.wait()
                 if not self._released:
                     for number, theirs in enumerate(sockets):
@@ -274,11 +280,21 @@ class Worker:
         elif kind is Kind.REVOCATIONS:
             await self.revocations.received_all(message.body)
             await self._recalled()
+        elif kind is Kind.ANSWERED and self._demand is not None:
+            self._demand.answered(json.loads(message.body))
         elif kind is Kind.ACCEPT and not (self._released or self._drain.is_set()):
             self.dataplane.start()
             for share in self._shares_of(self.number)[1:]:
                 self.dataplane.cover(share, self._others[share])
         self._confirm(message)
+
+    async def _ask(self, demand: Demand) -> None:
+        """Tell the parent what connections ask for."""
+        while True:
+            await demand.more.wait()
+            names = demand.unsaid()
+            for start in range(0, len(names), MAX_DEMANDED):
+                self._send(Message(Kind.DEMAND, 0, json.dumps(names[start : start + MAX_DEMANDED]).encode()))
 
     def _confirm(self, message: Message) -> None:
         log.debug("change in force", worker=self.number, what=message.kind.name.lower(), bytes=len(message.body))
