@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from ztunnel.errors import DiscoveryTooSlow
-from ztunnel.mesh import canonical, is_loopback
+from ztunnel.mesh import NetworkAddress, canonical, is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from ztunnel.mesh import GatewayAddress, IpAddress, Service, Store, Workload
+    from ztunnel.mesh import GatewayAddress, IpAddress, NamespacedHostname, Service, Store, Workload
 
 __all__ = ["ANSWER_TIMEOUT", "Demand"]
 
@@ -57,8 +57,18 @@ class Demand:
         if workload is None and service is None:
             names = [] if is_loopback(ip) or store.rejection(self._network, ip) else [f"{self._network}/{ip}"]
         else:
-            names = [str(reference.destination) for reference in _references(workload, service)]
+            names = [
+                str(reference.destination)
+                for reference in _references(workload, service)
+                if not self._is_here(reference.destination)
+            ]
         return [name for name in names if self.is_news(name)]
+
+    def _is_here(self, place: NetworkAddress | NamespacedHostname) -> bool:
+        """Whether a workload has the address, as our own may, which nobody asks for."""
+        return isinstance(place, NetworkAddress) and (
+            self._store.workload_by_address(place.network, place.ip) is not None
+        )
 
     def is_news(self, name: str) -> bool:
         """Whether nobody asked for it, or the answer is not there yet; a service that is here need not be asked for."""
@@ -93,12 +103,12 @@ class Demand:
         if self._store.workload_by_address(self._network, canonical(ip)) is None and not is_loopback(ip):
             self.ask(f"{self._network}/{canonical(ip)}")
 
-    async def hear_of(self, name: str) -> None:
-        """Ask for one name, and wait for the answer; without one in time it is as if there were no such thing."""
+    async def hear_of(self, *names: str) -> None:
+        """Ask, and wait for the answers; what has none in time is as if there were no such thing."""
         with trio.move_on_after(ANSWER_TIMEOUT):
-            event = self.ask(name)
-            if event is not None:
-                await event.wait()
+            for event in [self.ask(name) for name in names]:
+                if event is not None:
+                    await event.wait()
 
     def ask(self, name: str) -> trio.Event | None:
         """Subscribe to a name; returns what is set once it is answered, None when it was."""

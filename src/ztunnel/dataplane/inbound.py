@@ -6,6 +6,7 @@ batch begin when all of it was read, and end with their stream; nothing outlives
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Final
 
 from hbone.admission import Admission
@@ -26,6 +27,7 @@ from ztunnel.errors import (
     CertificateRevoked,
     ConnectFailed,
     DataplaneError,
+    DiscoveryTooSlow,
     Http2Failed,
     IdentityUnavailable,
     InvalidAuthority,
@@ -35,6 +37,7 @@ from ztunnel.errors import (
     TlsSetupFailed,
 )
 from ztunnel.logs import INBOUND, AccessRecord
+from ztunnel.mesh.address import special_address
 from ztunnel.mesh.inbound import inbound
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.plane import Plane
     from ztunnel.dataplane.recall import Recall
     from ztunnel.dataplane.stream import StreamEnd
-    from ztunnel.mesh.address import Address
+    from ztunnel.mesh.address import Address, IpAddress
     from ztunnel.mesh.store import Change
     from ztunnel.mesh.workload import Workload
 
@@ -249,9 +252,14 @@ class Inbound:
                 self._serve(end, request, workload)
 
     async def _hear_and_serve(
-        self, demand: Demand, end: StreamEnd, request: ConnectRequest, workload: Workload, name: str
+        self, demand: Demand, end: StreamEnd, request: ConnectRequest, workload: Workload, names: list[str]
     ) -> None:
-        await demand.hear_of(name)
+        ip = request.authority.ip
+        if ip is None:
+            await demand.hear_of(*names)
+        else:
+            with contextlib.suppress(DiscoveryTooSlow):  # then it is refused as what nobody knows
+                await demand.learn(ip, workload.namespace)
         if not end.closed:
             self._serve(end, request, workload, heard=True)
 
@@ -263,9 +271,9 @@ class Inbound:
     def _serve(self, end: StreamEnd, request: ConnectRequest, workload: Workload, *, heard: bool = False) -> None:
         demand = self.plane.demand
         if demand is not None and not heard:
-            name = _unheard(demand, request, workload)
-            if name is not None:
-                self.plane.reactor.start_task(self._hear_and_serve, demand, end, request, workload, name)
+            names = _unheard(demand, request, workload, self.tunnels[end.tunnel][0])
+            if names:
+                self.plane.reactor.start_task(self._hear_and_serve, demand, end, request, workload, names)
                 return
         plans = self._plans[end.tunnel]
         key = (request.authority, request.baggage, request.forwarded_host, request.network)
@@ -329,12 +337,14 @@ class Inbound:
         return self._response[1]
 
 
-def _unheard(demand: Demand, request: ConnectRequest, workload: Workload) -> str | None:
-    """The service of the workload that is asked for by its host name, if nobody has told of it yet."""
-    host = request.authority.host
-    if request.authority.ip is not None:
-        return None
-    return next((key for key in workload.services if key.partition("/")[2] == host and demand.is_news(key)), None)
+def _unheard(demand: Demand, request: ConnectRequest, workload: Workload, local_ip: IpAddress) -> list[str]:
+    """What nobody has told of yet: a service of the workload, by host name, or whose waypoint the workload may be."""
+    authority = request.authority
+    if authority.ip is None:
+        return [key for key in workload.services if key.partition("/")[2] == authority.host and demand.is_news(key)]
+    if authority.ip == local_ip or workload.application_tunnel is not None or special_address(authority.ip) is not None:
+        return []
+    return demand.missing(authority.ip, workload.namespace)
 
 
 class StreamConnection(InboundConnection):

@@ -8,7 +8,7 @@ import attrs
 import pytest
 import trio
 from tests.support.gateway import open_crossing
-from tests.support.mesh import service
+from tests.support.mesh import gateway_at, service
 from tests.support.pair import Pair, echo, open_pair
 
 import hbone
@@ -116,3 +116,32 @@ async def test_gateway_of_a_network_is_asked_for_when_a_connection_needs_it(monk
                 crossing.store.apply_addresses([gateway])
                 demand.answered([f"far/{crossing.gateway.ip}"])
                 assert await stream.receive_some(1) == b"x"
+
+
+async def test_waypoint_asks_who_it_is_to_serve(pair: Pair) -> None:
+    port = await pair.serve(echo)
+    waypoint = pair.server.workload
+    behind = service("behind", "240.0.0.7", waypoint=gateway_at(pair.server.ip))
+    demand = pair.server.plane._plane.demand = Demand(pair.store, "")
+    identity = pair.client.identities.identity
+    assert identity is not None
+    async with hbone.trio.ConnectionPool(hbone.StaticSource(identity.svid, identity.bundles)) as pool:
+        async with trio.open_nursery() as nursery:
+
+            async def answer(*names: str) -> None:
+                await demand.more.wait()
+                assert demand.unsaid() == [*names]
+                pair.store.apply_addresses([behind])
+                demand.answered(names)
+
+            nursery.start_soon(answer, "/240.0.0.7")
+            via = (pair.server.ip, 15008)
+            stream = await pool.connect(f"240.0.0.7:{port}", via=via, peer=str(waypoint.identity))
+        await stream.send_all(b"x")
+        assert await stream.receive_some() == b"x"
+        await stream.aclose()
+        assert demand.unsaid() == ["/127.0.0.1"]  # who that was
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer, "/240.0.0.8")
+            with pytest.raises(hbone.ConnectRejected, match="400"):
+                await pool.connect(f"240.0.0.8:{port}", via=via, peer=str(waypoint.identity))
