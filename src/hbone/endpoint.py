@@ -40,7 +40,8 @@ SMALL_PAYLOAD = 4096
 
 _RECORD = 16_384
 _FEED = 256 * 1024
-_QUIET = 5.0
+_QUIET = 2.0
+"""Seconds after which a connection that hears nothing gives memory back, for others to take."""
 
 PLAINTEXT = IoBuffer(256 * 1024)
 """Decrypted bytes on their way to the sinks; one for the process, so an idle tunnel owns no large buffer."""
@@ -88,7 +89,7 @@ class Endpoint:
         self._failed = False
         self._ciphertext = client
         self._left_over = False
-        self._trimmed_at = now  # as of `heard_at`
+        self._trimmed_at: float | None = None  # `heard_at` of that time
         if client:
             self.tls.handshake()
 

@@ -70,6 +70,24 @@ def test_any_chunking_of_the_ciphertext_gives_the_same(chunk: int | None) -> Non
     assert StreamEnded(stream_id=stream) in pair.server.events
 
 
+def test_a_connection_that_is_quiet_gives_memory_back_once() -> None:
+    pair = joined()
+    stream = pair.open()
+    pair.client.send(stream, b"x" * 100)
+    pair.pump()
+    endpoint = pair.server.endpoint
+    queues = [endpoint.tls._into]
+    for seconds in (1.0, 3.0, 4.0):
+        endpoint.on_time(endpoint.heard_at + seconds)
+        queues.append(endpoint.tls._into)
+    assert queues[1] is queues[0]
+    assert queues[2] is not queues[1]
+    assert queues[3] is queues[2]
+    pair.client.send(stream, b"y" * 100)
+    pair.pump()
+    assert pair.server.received[stream] == b"x" * 100 + b"y" * 100
+
+
 def test_payload_does_not_show_on_the_wire() -> None:
     pair = joined()
     stream = pair.open()
