@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
 from tools.completions import PARSERS
+
 from ztunnel.config import Config
 
 if TYPE_CHECKING:
