@@ -186,8 +186,10 @@ class MiniIstiod:
             tls.context()  # what is wrong with a name or the root is told now, not at the first connection
             server = GrpcServer(self.api.handlers)
             async with trio.open_nursery() as nursery:
-                look = watch.looking_at(config.config_dir)
-                nursery.start_soon(watch.watch, look, self.mesh.fingerprint, self.mesh.reload, config.debounce)
+                look = watch.Looking(config.config_dir)
+                nursery.start_soon(
+                    watch.watch, look, self.mesh.fingerprint, self.mesh.reload, config.debounce, lambda: look.cost
+                )
                 nursery.start_soon(self._housekeeping)
                 nursery.start_soon(self.authority.keep_up)
                 nursery.start_soon(self.api.registrar.run)

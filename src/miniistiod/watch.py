@@ -8,6 +8,7 @@ moment.
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["Debounce", "DirectoryError", "Fingerprint", "looking_at", "read", "scan", "watch"]
+__all__ = ["Debounce", "DirectoryError", "Fingerprint", "Looking", "read", "scan", "watch"]
 
 SUFFIXES = (".yaml", ".yml")
 MAX_FILES = 10_000
@@ -120,21 +121,20 @@ async def watch(
     known: Fingerprint | None,
     changed: Callable[[], Awaitable[None]],
     timing: Debounce,
+    cost: Callable[[], float] = lambda: 0.0,
 ) -> None:
     """Call `changed` after each change, until cancelled.
 
     Args:
-        look: what there is now, or None; `looking_at` makes one.
+        look: what there is now, or None; a `Looking`.
         known: what there was when it was last read.
         changed: reads it; also called when the directory is gone or empty, and when it is back.
         timing: when a change counts.
+        cost: CPU seconds of the last look.
     """
-    cost = 0.0
     while True:
-        await trio.sleep(max(timing.poll, 20 * cost))
-        began = trio.current_time()
+        await trio.sleep(max(timing.poll, 20 * cost()))
         seen = await look()
-        cost = trio.current_time() - began
         if seen == known:
             continue
         end = trio.current_time() + timing.limit
@@ -148,16 +148,23 @@ async def watch(
         await changed()
 
 
-def looking_at(directory: Path) -> Callable[[], Awaitable[Fingerprint | None]]:
+class Looking:
     """A look at a directory, in a thread: a slow disk stalls nobody. None stands for one that cannot be used."""
 
-    def quietly() -> Fingerprint | None:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.cost = 0.0
+        """CPU seconds of the last look; by the wall's clock a busy machine would be looked at less and less."""
+
+    async def __call__(self) -> Fingerprint | None:
+        """What there is now."""
+        return await trio.to_thread.run_sync(self._look)
+
+    def _look(self) -> Fingerprint | None:
+        began = time.thread_time()
         try:
-            return scan(directory)
+            return scan(self._directory)
         except DirectoryError:
             return None
-
-    async def look() -> Fingerprint | None:
-        return await trio.to_thread.run_sync(quietly)
-
-    return look
+        finally:
+            self.cost = time.thread_time() - began

@@ -110,8 +110,24 @@ async def test_going_away_and_coming_back_are_changes(tmp_path: Path, autojump_c
         nursery.cancel_scope.cancel()
 
 
+async def test_a_directory_that_is_dear_to_look_at_is_looked_at_less(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    looks: list[float] = []
+
+    async def look() -> None:
+        looks.append(trio.current_time())
+        await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.watch, look, None, Watched(tmp_path).changed, Debounce(), lambda: 0.05)
+        await trio.sleep(10.5)
+        nursery.cancel_scope.cancel()
+    assert len(looks) == 10  # a twentieth of a processor
+
+
 async def test_a_look_at_what_cannot_be_used_is_none(tmp_path: Path) -> None:
-    look = watch.looking_at(tmp_path)
+    look = watch.Looking(tmp_path)
     assert await look() is None
     (tmp_path / "a.yaml").write_text("1")
     assert await look() == scan(tmp_path)
