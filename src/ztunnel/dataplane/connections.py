@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.relay import Relay
     from ztunnel.logs import AccessRecord
     from ztunnel.mesh.rbac import Connection as PolicyFacts
-    from ztunnel.mesh.rbac import PolicySet
+    from ztunnel.mesh.rbac import Decision, PolicySet
     from ztunnel.mesh.store import Change, Store
     from ztunnel.mesh.workload import Workload
     from ztunnel.metrics import Traffic
@@ -121,9 +121,13 @@ class InboundConnection(AppConnection):
 
     def check(self) -> DataplaneError | None:
         """Ask the policies, at the start. Register first."""
-        decision = decide(self.plane.store, self.workload, self.facts)
+        decision = self.decide()
         self.plane.log.decision(decision)
         return None if decision.allowed else decision.error()
+
+    def decide(self) -> Decision:
+        """What the policies say."""
+        return decide(self.plane.store, self.workload, self.facts)
 
     def recheck(self) -> None:
         """Ask them again; closed at once if they say no now."""

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.recall import Recall
     from ztunnel.dataplane.stream import StreamEnd
     from ztunnel.mesh.address import Address, IpAddress
+    from ztunnel.mesh.rbac import Decision
     from ztunnel.mesh.store import Change
     from ztunnel.mesh.workload import Workload
 
@@ -378,6 +379,10 @@ class StreamConnection(InboundConnection):
             self._dial.start_in(wait, target.connect, source_ip, local=True)
         else:
             self._dial.start(target.connect, source_ip, local=True)
+
+    def decide(self) -> Decision:
+        """What the policies say: to all streams of one plan the same."""
+        return self._plan.decide(self.plane.store)
 
     def dialed(self, sock: socket.SocketType, mask: int, *, watched: bool) -> None:
         """The application is there: 200, and relay."""

@@ -11,6 +11,7 @@ from ztunnel.errors import address_text
 from ztunnel.logs import INBOUND, OUTBOUND, Parties
 from ztunnel.mesh.inbound import proxy_header
 from ztunnel.mesh.rbac import Connection as PolicyFacts
+from ztunnel.mesh.rbac import evaluate
 from ztunnel.mesh.route import Plain, Tunnel
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
     from ztunnel.mesh.address import Address
     from ztunnel.mesh.inbound import InboundTarget
+    from ztunnel.mesh.rbac import Decision, PolicySet
     from ztunnel.mesh.route import Inner
+    from ztunnel.mesh.store import Store
     from ztunnel.mesh.workload import Workload
     from ztunnel.metrics import Traffic
 
@@ -136,10 +139,10 @@ def plan_of(plane: Plane, source: Workload, found: Tunnel | Plain) -> Plan:
 class InboundPlan:
     """What the streams of one tunnel that ask for the same have in common; forgotten when the mesh changes.
 
-    Policies are asked for each stream all the same.
+    Policies are asked once, and again when they are others.
     """
 
-    __slots__ = ("client", "facts", "header", "parties", "target", "traffic", "workload")
+    __slots__ = ("_decision", "_policies", "client", "facts", "header", "parties", "target", "traffic", "workload")
 
     def __init__(
         self,
@@ -160,6 +163,8 @@ class InboundPlan:
         self.workload = workload
         self.target = target
         self.facts = PolicyFacts(client[0], peer, target.address)
+        self._policies: PolicySet | None = None
+        self._decision: Decision | None = None
         self.header = b"" if target.proxy_target is None else proxy_header(client, target.proxy_target, peer)
         self.parties = Parties(
             INBOUND,
@@ -182,6 +187,15 @@ class InboundPlan:
             "mutual_tls",
             baggage if source is None else None,
         )
+
+    def decide(self, store: Store) -> Decision:
+        """What the policies say to these facts; the same as before while the store gives the same set of them."""
+        policies = store.policies_for(self.workload)
+        decision = self._decision
+        if decision is None or policies is not self._policies:
+            self._policies = policies
+            decision = self._decision = evaluate(policies, self.facts)
+        return decision
 
 
 def baggage_of(workload: Workload) -> Baggage:

@@ -238,6 +238,35 @@ async def test_a_change_of_policy_closes_what_it_no_longer_allows(pair: Pair) ->
     assert pair.server.log.errors == ["connection closed due to policy change"]
 
 
+async def test_each_stream_of_a_tunnel_is_ruled_by_the_policies_of_its_time(pair: Pair) -> None:
+    """Also where none was open when they changed: nobody was asked again then."""
+    await pair.serve(echo)
+
+    async def is_let_in() -> bool:
+        done = len(pair.server.log.completed)
+        answer = b""
+        async with await pair.connect() as stream:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_all(b"x")
+                answer = await stream.receive_some(1)
+        await pair.settle(lambda: len(pair.server.log.completed) > done)
+        return answer == b"x"
+
+    assert await is_let_in()
+    assert await is_let_in()
+    pair.store.apply_policies([allow("somebody")], [])
+    assert not await is_let_in()
+    assert not await is_let_in()
+    pair.store.apply_policies([allow("somebody", "client")], [])
+    assert await is_let_in()
+    pair.store.apply_policies([], ["default/allow"])
+    assert await is_let_in()
+    pair.store.apply_policies([allow("somebody", scope=PolicyScope.WORKLOAD_SELECTOR)], [])
+    assert await is_let_in()
+    pair.store.apply_addresses([attrs.evolve(pair.server.workload, authorization_policies=("default/allow",))], [])
+    assert not await is_let_in()
+
+
 async def test_a_workload_that_names_another_policy_is_asked_again(pair: Pair) -> None:
     await pair.serve(echo)
     pair.store.apply_policies([allow("somebody", scope=PolicyScope.WORKLOAD_SELECTOR)], [])
