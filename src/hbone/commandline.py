@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import enum
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
 from hbone.errors import ConfigurationError, HboneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["CommandError", "ExitCode", "Parser", "fail", "printable", "run"]
+__all__ = ["CommandError", "ExitCode", "Parser", "fail", "printable", "run", "run_with_extra"]
 
 
 class ExitCode(enum.IntEnum):
@@ -79,3 +80,35 @@ def run(program: str, command: Callable[[Sequence[str] | None], int], argv: Sequ
         return int(ExitCode.DONE)
     except KeyboardInterrupt:
         return 130
+
+
+def run_with_extra(
+    program: str,
+    extra: Mapping[str, str],
+    load: Callable[[], Callable[[Sequence[str] | None], int]],
+    argv: Sequence[str] | None,
+) -> int:
+    """Run a command whose packages may be missing, and say in one sentence which of them is.
+
+    Args:
+        program: Name of the command and of its extra.
+        extra: The top-level modules of the extra, and the package that has each.
+        load: Imports the command and returns it.
+        argv: Its arguments.
+
+    Returns:
+        The exit code.
+    """
+    # Some are imported when they are first used, when it is too late to say so.
+    package = next((package for module, package in extra.items() if find_spec(module) is None), None)
+    if package is None:
+        try:
+            command = load()
+        except ModuleNotFoundError as error:
+            package = extra.get((error.name or "").partition(".")[0])
+            if package is None:
+                raise
+        else:
+            return command(argv)
+    sys.stderr.write(f"{program}: {package} is not installed; pip install 'hbone[{program}]'\n")
+    return int(ExitCode.MISUSE)

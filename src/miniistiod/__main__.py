@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from hbone.commandline import run_with_extra
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
@@ -21,21 +22,15 @@ EXTRA = {
 }
 
 
+def _load() -> Callable[[Sequence[str] | None], int]:
+    from miniistiod.cli import main as command
+
+    return command
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    # Some are imported when they are first used, when it is too late to say so.
-    package = next((package for module, package in EXTRA.items() if find_spec(module) is None), None)
-    if package is None:
-        try:
-            from miniistiod.cli import main as run
-        except ModuleNotFoundError as error:
-            package = EXTRA.get((error.name or "").partition(".")[0])
-            if package is None:
-                raise
-        else:
-            return run(argv)
-    sys.stderr.write(f"miniistiod: {package} is not installed; pip install 'hbone[miniistiod]'\n")
-    return 2
+    return run_with_extra("miniistiod", EXTRA, _load, argv)
 
 
 if __name__ == "__main__":

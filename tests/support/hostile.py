@@ -18,7 +18,7 @@ import attrs
 import trio
 from OpenSSL import SSL
 from tests.support.background import background, mesh_ca
-from tests.support.shop import ECHO, descriptors
+from tests.support.shop import ECHO, WORKLOADS, descriptors
 from tests.support.tls import RawClient, raw_context
 
 import hbone.trio
@@ -45,18 +45,6 @@ TALKS = 9002
 ESTABLISHED = 1
 """A state of TCP_INFO."""
 _networks = itertools.count(20 + os.getpid() % 50)
-
-WORKLOADS = """\
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata: {name: client, namespace: shop, labels: {app: client}}
-spec: {address: "{alpha}", serviceAccount: client}
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata: {name: orders, namespace: shop, labels: {app: orders}}
-spec: {address: "{beta}", serviceAccount: orders}
-"""
 
 
 def rss(pid: int) -> int:

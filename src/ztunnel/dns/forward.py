@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ztunnel.dns.wire import MAX_MESSAGE, Query, rcode_of, replies_to
+from ztunnel.dns.wire import MAX_MESSAGE, Query, rcode_of, replies_to, take_framed
 from ztunnel.errors import address_text
 from ztunnel.mesh.address import is_loopback
 
@@ -197,14 +197,11 @@ class _Connection:
     async def receive(self) -> bytes | None:
         """The next message; None at the end."""
         kept = self._kept
-        while len(kept) < 2 or len(kept) < 2 + int.from_bytes(kept[:2], "big"):
+        while (message := take_framed(kept)) is None:
             data = await self._stream.receive_some(MAX_MESSAGE)
             if not data:
                 return None
             kept += data
-        end = 2 + int.from_bytes(kept[:2], "big")
-        message = bytes(kept[2:end])
-        del kept[:end]
         return message
 
 

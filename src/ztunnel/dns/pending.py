@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
-from ztunnel.dns.wire import MAX_MESSAGE
+from ztunnel.dns.wire import MAX_MESSAGE, take_framed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +97,7 @@ class Connection:
 
     async def _receive(self) -> bytes | None:
         kept = self._kept
-        while len(kept) < 2 or len(kept) < 2 + int.from_bytes(kept[:2], "big"):
+        while (message := take_framed(kept)) is None:
             try:
                 data = await self._stream.receive_some(MAX_MESSAGE)
             except trio.BrokenResourceError:
@@ -105,9 +105,6 @@ class Connection:
             if not data:
                 return None
             kept += data
-        end = 2 + int.from_bytes(kept[:2], "big")
-        message = bytes(kept[2:end])
-        del kept[:end]
         return message
 
     async def send(self, message: bytes) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "read",
     "render",
     "replies_to",
+    "take_framed",
     "type_name",
 ]
 
@@ -129,6 +130,15 @@ def read(wire: bytes) -> Query | None:
         type=int.from_bytes(wire[at + 1 : at + 3], "big"),
         internet=int.from_bytes(wire[at + 3 : end], "big") == _IN,
     )
+
+
+def take_framed(kept: bytearray) -> bytes | None:
+    """Take the first message off what came by TCP; None until it is whole. Source: RFC 1035 §4.2.2."""
+    if len(kept) < 2 or len(kept) < (end := 2 + int.from_bytes(kept[:2], "big")):
+        return None
+    message = bytes(kept[2:end])
+    del kept[:end]
+    return message
 
 
 def replies_to(query: Query, reply: bytes) -> bool:

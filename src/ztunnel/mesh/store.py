@@ -14,7 +14,7 @@ from ztunnel.mesh.policy import Authorization, PolicyScope
 from ztunnel.mesh.push import Change, Push
 from ztunnel.mesh.rbac import PolicySet, compile_policy
 from ztunnel.mesh.snapshot import Restored, pack, unpack
-from ztunnel.mesh.tables import Layer, Tables, View
+from ztunnel.mesh.tables import Layer, Tables, View, discard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -234,7 +234,7 @@ class Store:
         del self._matchers[key]
         self._global.pop(key, None)
         if policy.scope is PolicyScope.NAMESPACE:
-            _discard(self._namespaced, policy.namespace, key)
+            discard(self._namespaced, policy.namespace, key)
 
     # Look-ups
 
@@ -485,14 +485,6 @@ class Store:
         by_address = self.apply_addresses(addresses.resources, (), addresses.rejected)
         change = Change(workloads=by_address.workloads, services=by_address.services, policies=by_policy.policies)
         return Restored(address_versions=addresses.versions, policy_versions=policies.versions, change=change)
-
-
-def _discard(index: dict[Any, dict[str, Any]], key: Any, name: str) -> None:
-    entries = index.get(key)
-    if entries is not None:
-        entries.pop(name, None)
-        if not entries:
-            del index[key]
 
 
 def resolve_reference(store: Store, reference: GatewayAddress) -> list[Workload]:

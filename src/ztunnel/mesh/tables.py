@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ztunnel.mesh.service import Service
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["Layer", "Tables", "View", "dismantle"]
+__all__ = ["Layer", "Tables", "View", "discard", "dismantle"]
 
 V = TypeVar("V")
 
@@ -135,10 +135,10 @@ class Tables:
         else:
             self.by_name.pop(workload.name, None)
         if workload.hostname:
-            _discard(self.by_hostname, (workload.namespace, workload.hostname), uid)
+            discard(self.by_hostname, (workload.namespace, workload.hostname), uid)
         for key in workload.services:
             if key not in keep:
-                _discard(self.members, key, uid)
+                discard(self.members, key, uid)
 
     def insert_service(self, service: Service) -> None:
         """New, or in place of the one of the same name."""
@@ -438,7 +438,8 @@ def dismantle(container: Any) -> Iterator[None]:
             yield
 
 
-def _discard(index: dict[Any, dict[str, Any]], key: Any, name: str) -> None:
+def discard(index: dict[Any, dict[str, Any]], key: Any, name: str) -> None:
+    """Take `name` out of what an index has under `key`, and the key with its last name."""
     entries = index.get(key)
     if entries is not None:
         entries.pop(name, None)
