@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AddressMismatch",
     "CertificateRevoked",
-    "ClosingFailed",
     "ConnectFailed",
     "ConnectTimedOut",
     "DataplaneError",
@@ -29,7 +28,6 @@ __all__ = [
     "Http2Failed",
     "IdentityUnavailable",
     "InvalidAuthority",
-    "MethodNotConnect",
     "NoHealthyUpstream",
     "NoService",
     "PolicyChanged",
@@ -182,15 +180,6 @@ class AddressMismatch(DataplaneError):
         super().__init__(f"ip mismatch: {asked} != {local}")
 
 
-class MethodNotConnect(DataplaneError):
-    """Another method than CONNECT on 15008."""
-
-    status = 400
-
-    def __init__(self, method: str) -> None:
-        super().__init__(f"expected method CONNECT, got {method}")
-
-
 class InvalidAuthority(DataplaneError):
     """The `:authority` of a CONNECT cannot be read."""
 
@@ -327,13 +316,6 @@ class ReceiveFailed(DataplaneError):
 
     def __init__(self, why: str) -> None:
         super().__init__(f"receive: {why}")
-
-
-class ClosingFailed(DataplaneError):
-    """Closing one direction failed."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(f"while closing connection: {why}")
 
 
 def unexpected_peer(peer: SpiffeId, expected: frozenset[SpiffeId]) -> TlsFailed:

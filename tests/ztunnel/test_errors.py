@@ -38,7 +38,6 @@ A = at("10.0.0.1:80")
             "failed to fetch information about local workload: web.shop (web-0)",
         ),
         (errors.ConnectFailed("x"), 503, "CONNECT", "connection failed: x"),
-        (errors.MethodNotConnect("GET"), 400, "CONNECT", "expected method CONNECT, got GET"),
         (errors.InvalidAuthority("x"), 400, "CONNECT", "invalid CONNECT address x"),
         (errors.IdentityUnavailable("x"), 503, "IDENTITY_ERROR", "identity error: x"),
         (errors.TlsFailed("x"), 503, "CONNECT", "tls error: x"),
@@ -46,7 +45,6 @@ A = at("10.0.0.1:80")
         (errors.Http2Failed("x"), 503, "H2_HANDSHAKE_FAILURE", "h2 failed: x"),
         (errors.SendFailed("x"), 503, "CONNECT", "send: x"),
         (errors.ReceiveFailed("x"), 503, "CONNECT", "receive: x"),
-        (errors.ClosingFailed("x"), 503, "CONNECT", "while closing connection: x"),
     ],
 )
 def test_status_flag_and_text(error: DataplaneError, status: int, flag: str, text: str) -> None:
