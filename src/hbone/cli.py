@@ -11,18 +11,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hbone.commandline import CommandError, ExitCode, Parser, printable, run
+from hbone.commandline import CommandError, ExitCode, Parser, run
 from hbone.errors import ConnectionLost, ConnectRejected, HboneError, IdentityError, PeerIdentityError, TlsError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Awaitable, Callable, Sequence
 
-    from cryptography import x509
-
     from hbone.connect import Authority
     from hbone.identity import FileSource, SpiffeId
-    from hbone.inspect import Presented
     from hbone.trio import HboneStream
 
 __all__ = ["build_parser", "main"]
@@ -442,6 +439,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 async def _show(address: tuple[str, int], source: FileSource | None, timeout: float, as_json: bool) -> int:
+    from hbone.inspect import report_of, told
     from hbone.trio.inspect import look_at, settings_of
 
     presented = await look_at(address, timeout)
@@ -455,61 +453,6 @@ async def _show(address: tuple[str, int], source: FileSource | None, timeout: fl
         except HboneError as error:
             problem = str(error)
             verified = False
-    report = _report(address, presented, verified, problem, settings)
-    print(json.dumps(report, indent=2) if as_json else "\n".join(_told(report)))
+    report = report_of(address, presented, verified, problem, settings)
+    print(json.dumps(report, indent=2) if as_json else "\n".join(told(report)))
     return ExitCode.NO if verified is False else ExitCode.DONE
-
-
-def _report(
-    address: tuple[str, int],
-    presented: Presented,
-    verified: bool | None,
-    problem: str | None,
-    settings: dict[str, int] | None,
-) -> dict[str, Any]:
-    from hbone.inspect import spiffe_ids
-
-    ids = spiffe_ids(presented.chain[0]) if presented.chain else []
-    return {
-        "address": f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}",
-        "tls": {"version": presented.version, "cipher": presented.cipher, "group": presented.group},
-        "alpn": presented.alpn,
-        "spiffe_id": ids[0] if len(ids) == 1 else None,
-        "verified": verified,
-        "problem": problem,
-        "chain": [_certificate(each) for each in presented.chain],
-        "settings": settings,
-    }
-
-
-def _certificate(certificate: x509.Certificate) -> dict[str, Any]:
-    from hbone.inspect import spiffe_ids
-
-    return {
-        "subject": certificate.subject.rfc4514_string(),
-        "issuer": certificate.issuer.rfc4514_string(),
-        "serial": f"{certificate.serial_number:x}",
-        "spiffe_ids": spiffe_ids(certificate),
-        "not_before": f"{certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}",
-        "not_after": f"{certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
-        "expired": certificate.not_valid_after_utc <= datetime.datetime.now(datetime.UTC),
-    }
-
-
-def _told(report: dict[str, Any]) -> list[str]:
-    tls = report["tls"]
-    verified = {None: "not checked: no certificate given", True: "yes", False: f"no: {report['problem']}"}
-    lines = [
-        report["address"],
-        f"  TLS       {tls['version']}, {tls['cipher']}, {tls['group']}",
-        f"  ALPN      {report['alpn'] or 'none; a tunnel needs h2'}",
-        f"  identity  {report['spiffe_id'] or 'no SPIFFE ID'}",
-        f"  verified  {verified[report['verified']]}",
-    ]
-    for number, each in enumerate(report["chain"], 1):
-        subject = each["subject"] or ", ".join(each["spiffe_ids"]) or "no subject"
-        until = f"{'expired' if each['expired'] else 'valid until'} {each['not_after']}"
-        lines.append(f"  chain {number}   {subject}, by {each['issuer']}, serial {each['serial']}, {until}")
-    if report["settings"] is not None:
-        lines.append("  SETTINGS  " + ", ".join(f"{name} {value}" for name, value in report["settings"].items()))
-    return [printable(line) for line in lines]  # the names in a certificate are the other end's own

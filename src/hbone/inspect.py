@@ -1,4 +1,4 @@
-"""Who answers at an address: what it presents in TLS, and its first SETTINGS. No I/O.
+"""Who answers at an address: what it presents in TLS, its first SETTINGS, and how that is told. No I/O.
 
 Two looks. `Look()` has no certificate and checks nothing: it sends no request, only takes what a server shows to
 everybody. `SettingsReader` reads the SETTINGS of a tunnel whose TLS an identity has made and checked.
@@ -6,11 +6,13 @@ everybody. `SettingsReader` reads the SETTINGS of a tunnel whose TLS an identity
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import datetime
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from OpenSSL import SSL
 
+from hbone.commandline import printable
 from hbone.engine.frames import Setting
 from hbone.errors import IdentityError, TlsError
 from hbone.identity import SpiffeId
@@ -18,7 +20,7 @@ from hbone.identity import SpiffeId
 if TYPE_CHECKING:
     from cryptography import x509
 
-__all__ = ["Look", "Presented", "read_settings", "spiffe_ids"]
+__all__ = ["Look", "Presented", "read_settings", "report_of", "spiffe_ids", "told"]
 
 _MAX = 64 * 1024
 _SETTINGS = 4
@@ -123,6 +125,59 @@ def read_settings(data: bytes | bytearray) -> dict[str, int] | None:
         code = int.from_bytes(data[start : start + 2], "big")
         settings[_name(code)] = int.from_bytes(data[start + 2 : start + 6], "big")
     return settings
+
+
+def report_of(
+    address: tuple[str, int],
+    presented: Presented,
+    verified: bool | None,
+    problem: str | None,
+    settings: dict[str, int] | None,
+) -> dict[str, Any]:
+    """What was found at an address, for programs. `verified` is None where nothing was checked."""
+    ids = spiffe_ids(presented.chain[0]) if presented.chain else []
+    return {
+        "address": f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}",
+        "tls": {"version": presented.version, "cipher": presented.cipher, "group": presented.group},
+        "alpn": presented.alpn,
+        "spiffe_id": ids[0] if len(ids) == 1 else None,
+        "verified": verified,
+        "problem": problem,
+        "chain": [_certificate(each) for each in presented.chain],
+        "settings": settings,
+    }
+
+
+def _certificate(certificate: x509.Certificate) -> dict[str, Any]:
+    return {
+        "subject": certificate.subject.rfc4514_string(),
+        "issuer": certificate.issuer.rfc4514_string(),
+        "serial": f"{certificate.serial_number:x}",
+        "spiffe_ids": spiffe_ids(certificate),
+        "not_before": f"{certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}",
+        "not_after": f"{certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
+        "expired": certificate.not_valid_after_utc <= datetime.datetime.now(datetime.UTC),
+    }
+
+
+def told(report: dict[str, Any]) -> list[str]:
+    """A report in lines for people."""
+    tls = report["tls"]
+    verified = {None: "not checked: no certificate given", True: "yes", False: f"no: {report['problem']}"}
+    lines = [
+        report["address"],
+        f"  TLS       {tls['version']}, {tls['cipher']}, {tls['group']}",
+        f"  ALPN      {report['alpn'] or 'none; a tunnel needs h2'}",
+        f"  identity  {report['spiffe_id'] or 'no SPIFFE ID'}",
+        f"  verified  {verified[report['verified']]}",
+    ]
+    for number, each in enumerate(report["chain"], 1):
+        subject = each["subject"] or ", ".join(each["spiffe_ids"]) or "no subject"
+        until = f"{'expired' if each['expired'] else 'valid until'} {each['not_after']}"
+        lines.append(f"  chain {number}   {subject}, by {each['issuer']}, serial {each['serial']}, {until}")
+    if report["settings"] is not None:
+        lines.append("  SETTINGS  " + ", ".join(f"{name} {value}" for name, value in report["settings"].items()))
+    return [printable(line) for line in lines]  # the names in a certificate are the other end's own
 
 
 def _name(code: int) -> str:

@@ -120,7 +120,7 @@ async def complaint(ztunnel: Running, of_plane: str, of_ca: str) -> list[str]:
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for a control plane that says nothing gives up sooner than in earnest."""
     monkeypatch.setattr("ztunnel.control.transport.CONNECT_TIMEOUT", 0.7)
-    monkeypatch.setattr("ztunnel.control.discovery.FIRST_ANSWER_TIMEOUT", 0.7)
+    monkeypatch.setattr("ztunnel.control.conversation.FIRST_ANSWER_TIMEOUT", 0.7)
     monkeypatch.setattr("ztunnel.control.ca.CALL_TIMEOUT", 0.7)
     monkeypatch.setattr("ztunnel.membership.CATCH_UP", 0.1)
 

@@ -1,32 +1,29 @@
 """The discovery stream: what the mesh looks like, kept up to date and kept when the control plane goes away.
 
-Delta xDS, two types, both wildcard, and where they are wanted the revocation lists of the mesh. A response is validated
-resource by resource in slices, then becomes visible at once: the data path sees the state before it or the state after
-it. Of the two types a policy that changes may overtake workloads; see `lanes`.
+Delta xDS, two types, both wildcard (addresses one by one where they are asked for on demand), and where they are wanted
+the revocation lists of the mesh. A response is validated resource by resource in slices, then becomes visible at once:
+the data path sees the state before it or the state after it. What is said on a stream is in `conversation`.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 import random
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import trio
-from google.protobuf.message import DecodeError
 
 from hbone.daemon.logs import get_logger
 from hbone.errors import HboneError, IdentityError
 from hbone.grpc import GrpcError, GrpcUnavailable, StatusCode
 from ztunnel.control.apply import apply
-from ztunnel.control.lanes import Lanes
+from ztunnel.control.conversation import NAMES_AT_ONCE, TYPES, Conversation
 from ztunnel.control.pace import Pace, settle
 from ztunnel.control.response import read
 from ztunnel.control.revocation import REVOCATION_NAME, REVOCATION_TYPE
-from ztunnel.control.transport import REMEDY, ControlPlaneError, refusal, request_metadata
+from ztunnel.control.transport import REMEDY, refusal, request_metadata
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from ztunnel.wire import discovery_pb2
 
@@ -39,19 +36,10 @@ if TYPE_CHECKING:
     from ztunnel.control.transport import Dial, MessageStream, TokenSource
     from ztunnel.mesh import RejectedResource, Store
 
-__all__ = [
-    "DELTA",
-    "DiscoveryClient",
-    "DiscoveryMetrics",
-    "DiscoveryStatus",
-    "make_node",
-]
+__all__ = ["DELTA", "DiscoveryClient", "DiscoveryMetrics", "DiscoveryStatus", "make_node"]
 
 DELTA = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
-TYPES = (ADDRESS_TYPE, AUTHORIZATION_TYPE)
 
-FIRST_ANSWER_TIMEOUT = 60.0
-"""Seconds from the subscription to the first response of each type, on every stream."""
 BACKOFF_FIRST = 0.010
 BACKOFF_QUICK = 1.0
 BACKOFF_LIMIT = 15.0
@@ -59,12 +47,8 @@ MAX_NACK = 16 * 1024
 """Characters of one rejection's message."""
 LARGE_OPENING = 64 * 1024
 """Bytes of the opening requests from which on a server that has had enough may have had enough of them."""
-MAX_WAITING = 64 * 1024 * 1024
-"""Bytes of responses that are being applied, above which no further one is read."""
 SETTLE_STEP = 0.05
 """Seconds between two looks whether a large push was worked in."""
-NAMES_AT_ONCE = 100
-"""Names and versions that a request is put together from at a time."""
 
 log = get_logger("ztunnel.control.discovery")
 
@@ -342,7 +326,7 @@ class DiscoveryClient:
             await stream.send(request.SerializeToString())
         self._connected_since = self._wall()
         log.info("discovery stream open")
-        await _Conversation(self, stream).run()
+        await Conversation(self, stream).run()
 
     async def _opening(self, url: str, *, untold: bool) -> bytes:
         """The first request of a type, with all that we hold."""
@@ -499,102 +483,6 @@ class DiscoveryClient:
         if was_in_sync:
             self._stale_since = self._wall()
             self._applied()  # so that the disk knows since when, too
-
-
-class _Conversation:
-    """One stream, from the first response on: one task hears, others put in force and answer.
-
-    Args:
-        client: whose it is.
-        stream: open, with the subscriptions sent.
-    """
-
-    def __init__(self, client: DiscoveryClient, stream: MessageStream) -> None:
-        self._client = client
-        self._stream = stream
-        self._sending = trio.Lock()
-        self._hearing = trio.CancelScope()
-        self._failure: Exception | None = None
-
-    async def run(self) -> None:
-        """Until the stream ends; what was heard by then is in force.
-
-        Raises:
-            Exception: whatever ended the stream.
-        """
-        async with trio.open_nursery() as nursery:
-            lanes = Lanes(nursery)
-            with self._hearing:
-                async with trio.open_nursery() as talking:
-                    if self._client.demand is not None:
-                        talking.start_soon(self._ask, self._client.demand)
-                    try:
-                        await self._hear(lanes)
-                    except Exception as error:
-                        self._fail(error)
-                    talking.cancel_scope.cancel()
-        if self._failure is not None:
-            raise self._failure
-
-    def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or error
-        self._hearing.cancel()
-
-    async def _ask(self, demand: Demand) -> None:
-        """Subscribe to what connections ask for."""
-        while True:
-            await demand.more.wait()
-            names = demand.unsaid()
-            for start in range(0, len(names), NAMES_AT_ONCE):
-                request = discovery_pb2.DeltaDiscoveryRequest(
-                    type_url=ADDRESS_TYPE, resource_names_subscribe=names[start : start + NAMES_AT_ONCE]
-                )
-                try:
-                    async with self._sending:
-                        await self._stream.send(request.SerializeToString())
-                except Exception as error:
-                    self._fail(error)
-
-    async def _hear(self, lanes: Lanes) -> None:
-        limit = trio.current_time() + FIRST_ANSWER_TIMEOUT
-        heard: set[str] = set()
-        while True:
-            missing = [url for url in self._client.needed if url not in heard]
-            with trio.CancelScope(deadline=limit if missing else math.inf) as scope:
-                raw = await self._stream.receive()
-            if scope.cancelled_caught:
-                names = " and no ".join(url.rpartition(".")[2] for url in missing)
-                raise ControlPlaneError(f"the control plane sent no {names} within {FIRST_ANSWER_TIMEOUT:g} s")
-            if raw is None:
-                return
-            try:
-                response = await read(raw, self._client.pace)
-                raw, response = await self._client.completed(raw, response)
-            except DecodeError:
-                raise ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse") from None
-            heard.add(response.type_url)
-            url = response.type_url
-            after = lanes.after(url, removes=bool(response.removed))
-            lanes.start(functools.partial(self._take, raw, response), (url,), after, len(raw))
-            await lanes.below(MAX_WAITING)
-
-    async def _take(self, raw: bytes, response: Response) -> None:
-        client, url = self._client, response.type_url
-        ours = url in TYPES
-        try:
-            if ours:
-                answer = await client.put_in_force(raw, response)
-            else:
-                answer = await client.other_type(raw, url, response.nonce)
-            if self._failure is None:
-                async with self._sending:
-                    await self._stream.send(answer.SerializeToString())
-                if ours:
-                    client.answered(answer)
-        except DecodeError:
-            self._fail(ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse"))
-        except Exception as error:
-            self._fail(error)
 
 
 def _is_reconnect(error: GrpcError) -> bool:
