@@ -1,6 +1,8 @@
 """The mesh inside a program: connect and listen with an identity, without a proxy process, root, or captured traffic.
 
 Routes and policies are decided by the same functions as in the daemon; the bytes go through `hbone.trio`.
+
+One class, and so one long file: both directions share certificate, live connections and the re-check of policies.
 """
 
 from __future__ import annotations

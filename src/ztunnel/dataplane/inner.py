@@ -9,6 +9,8 @@ both of its windows take, and the payload that comes is what OpenSSL reads. It r
 
 There is one for each connection, because a gateway chooses whom it hands a stream to: were they shared, all connections
 would go to one endpoint. The gateway sees neither names nor bytes of what is inside.
+
+A long file, because tunnel, carrier and dial end each other, whichever ends first.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ which is the relay's `deliver`. What the streams of one turn send leaves in one 
 
 When the socket takes no more, the ciphertext that was left over is `_pending`, streams stop reading from their apps
 and wait in `_waiting`; the same when a window is used up. They are served in turn, the ones that got nothing first.
+
+A long file, because it is one adapter, and compiled as one.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ outside, a name of the mesh would lead past it. Names of the control plane are a
 known without them.
 
 Source: Istio's ztunnel, DNS proxy; RFC 1035, RFC 7766.
+
+One class, and so one long file: its bounds (questions, connections, readiness) are shared by UDP and TCP.
 """
 
 from __future__ import annotations

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from ztunnel.mesh.address import NamespacedHostname
 from ztunnel.mesh.service import Mode, Scope
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
+    from ztunnel.mesh.address import GatewayAddress
     from ztunnel.mesh.service import Endpoint, LoadBalancer, Service
     from ztunnel.mesh.store import Store
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["Candidate", "Choice", "Purpose", "candidates", "choose", "rank"]
+__all__ = ["Candidate", "Choice", "Purpose", "candidates", "choose", "rank", "resolve_reference"]
 
 
 @attrs.frozen
@@ -184,3 +186,18 @@ _SCOPES: dict[Scope, Callable[[Workload], str]] = {
     Scope.CLUSTER: lambda workload: workload.cluster_id,
     Scope.NETWORK: lambda workload: workload.network,
 }
+
+
+def resolve_reference(store: Store, reference: GatewayAddress) -> list[Workload]:
+    """Every workload that a reference may mean: an address's or host name's own, or all endpoints of its service."""
+    destination = reference.destination
+    if isinstance(destination, NamespacedHostname):
+        service = store.services.get(str(destination))
+        workload = store.workload_by_hostname(destination.namespace, destination.hostname)
+    else:
+        service = store.service_by_vip(destination.network, destination.ip)
+        workload = store.workload_by_address(destination.network, destination.ip)
+    if service is not None:
+        uids = store.endpoints(service)
+        return [found for uid in uids if (found := store.workloads.get(uid)) is not None]
+    return [workload] if workload is not None else []

@@ -14,7 +14,7 @@ import attrs
 
 from ztunnel.errors import AddressMismatch, DataplaneError, NoService, SelfCall, UnusableDestination
 from ztunnel.mesh.address import special_address
-from ztunnel.mesh.store import resolve_reference
+from ztunnel.mesh.endpoints import resolve_reference
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

@@ -27,8 +27,7 @@ from ztunnel.errors import (
     address_text,
 )
 from ztunnel.mesh.address import NamespacedHostname, NetworkAddress, canonical, is_loopback
-from ztunnel.mesh.endpoints import Purpose, choose
-from ztunnel.mesh.store import resolve_reference
+from ztunnel.mesh.endpoints import Purpose, choose, resolve_reference
 from ztunnel.mesh.workload import Protocol
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ztunnel.mesh.address import GatewayAddress, NamespacedHostname, RejectedResource
 from ztunnel.mesh.decode import placeholder
 from ztunnel.mesh.policy import Authorization, PolicyScope
 from ztunnel.mesh.push import Change, Push
@@ -19,12 +18,12 @@ from ztunnel.mesh.tables import Layer, Tables, View, discard
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 
-    from ztunnel.mesh.address import IpAddress
+    from ztunnel.mesh.address import IpAddress, RejectedResource
     from ztunnel.mesh.rbac import Connection
     from ztunnel.mesh.service import Endpoint, Service
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["Change", "Store", "resolve_reference"]
+__all__ = ["Change", "Store"]
 
 _MEMO_LIMIT = 4096
 """Entries of the memo of choices; above it is emptied, as an attacker could name many destinations."""
@@ -485,18 +484,3 @@ class Store:
         by_address = self.apply_addresses(addresses.resources, (), addresses.rejected)
         change = Change(workloads=by_address.workloads, services=by_address.services, policies=by_policy.policies)
         return Restored(address_versions=addresses.versions, policy_versions=policies.versions, change=change)
-
-
-def resolve_reference(store: Store, reference: GatewayAddress) -> list[Workload]:
-    """Every workload that a reference may mean: an address's or host name's own, or all endpoints of its service."""
-    destination = reference.destination
-    if isinstance(destination, NamespacedHostname):
-        service = store.services.get(str(destination))
-        workload = store.workload_by_hostname(destination.namespace, destination.hostname)
-    else:
-        service = store.service_by_vip(destination.network, destination.ip)
-        workload = store.workload_by_address(destination.network, destination.ip)
-    if service is not None:
-        uids = store.endpoints(service)
-        return [found for uid in uids if (found := store.workloads.get(uid)) is not None]
-    return [workload] if workload is not None else []

@@ -1,4 +1,7 @@
-"""The parent of the workers: starts them, tells all of them every change, replaces one that dies, drains them."""
+"""The parent of the workers: starts them, tells all of them every change, replaces one that dies, drains them.
+
+One class, and so one long file: each of its tasks reads and changes which worker has which place.
+"""
 
 from __future__ import annotations
 
