@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import re
+import socket
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tools.completions import PARSERS
 
+from hbone.connect import Authority, ConnectRequest
+from hbone.endpoint import Endpoint
+from hbone.events import ConnectReceived, StreamEnded
+from hbone.testing.ca import TestCa
+from hbone.tls import TlsContext
 from ztunnel.config import Config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
+CA = TestCa()
 README = (ROOT / "README.md").read_text()
 
 
@@ -46,6 +54,43 @@ def commands() -> list[list[str]]:
     """The words of each command in the table, brackets of what may be left out removed."""
     rows = README[README.index("<!-- commands -->") : README.index("<!-- end of commands -->")]
     return [found.translate({91: None, 93: None}).split() for found in re.findall(r"^\| `(.+?)` \|", rows, re.M)]
+
+
+def test_the_loop_without_an_event_loop_runs_as_it_stands() -> None:
+    program = README.split("### Without an event loop", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    names: dict[str, Any] = {}
+    exec(compile(program, "README.md", "exec"), names)
+    web, orders = (CA.identity("shop", name) for name in ("web", "orders"))
+    heard, answer, ours, theirs = bytearray(), bytearray(), *socket.socketpair()
+    server = Endpoint(
+        TlsContext.server(orders), client=False, authorize=lambda who: who == CA.id("shop", "web"), now=0.0
+    )
+
+    def echo(view: memoryview) -> int:
+        heard.extend(view)
+        return len(view)
+
+    def keep(view: memoryview) -> int:
+        answer.extend(view)
+        return len(view)
+
+    request = ConnectRequest(authority=Authority.parse("10.0.0.7:8080"))
+    client = threading.Thread(target=names["ask"], args=(ours, web, CA.id("shop", "orders"), request, keep))
+    with ours, theirs:
+        ours.settimeout(30)
+        theirs.settimeout(30)
+        client.start()
+        while not server.engine.closed:
+            for event in server.receive_data(theirs.recv(65536), 0.0):
+                if isinstance(event, ConnectReceived):
+                    server.engine.accept(event.stream_id, (), echo)
+                elif isinstance(event, StreamEnded):
+                    server.engine.send_data(event.stream_id, heard)
+                    server.close()
+            while data := server.data_to_send():
+                theirs.sendall(data)
+        client.join(30)
+    assert answer == b"hello"
 
 
 def verbs(parser: argparse.ArgumentParser, before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
