@@ -171,7 +171,8 @@ class Verdict:
 def judge(samples: Samples, host: Mapping[str, float], limits: Limits | None = None) -> Verdict:
     """Whether a run was quiet enough.
 
-    Latencies at a given pace are left out: their tails swing by nature, and are shown with that.
+    Latencies at a given pace are left out: their tails swing by nature, and are shown with that; beside a push, which
+    there is once a run, they have one turn.
 
     Args:
         samples: of every workload.
@@ -183,11 +184,12 @@ def judge(samples: Samples, host: Mapping[str, float], limits: Limits | None = N
     direct: list[float] = []
     shaky: set[tuple[str, str]] = set()
     compared = 0
-    fewest = min((len(turns) for peers in samples.values() for turns in peers.values() if turns), default=0)
+    fewest: list[int] = []
     for name, by_peer in samples.items():
         workload = WORKLOADS[name]
         if workload.kind == "latency":
             continue
+        fewest += [len(turns) for turns in by_peer.values() if turns]
         if by_peer.get(DIRECT):
             direct.append(spread(values(by_peer[DIRECT], "rate", workload)))
         for peer in by_peer:
@@ -202,8 +204,8 @@ def judge(samples: Samples, host: Mapping[str, float], limits: Limits | None = N
         "steal": host.get("steal", 0.0),
         "foreign": host.get("foreign", 0.0),
     }
-    if fewest < limits.rounds:
-        problems.append(f"{fewest} rounds were made; fewer than {limits.rounds} say too little")
+    if (rounds := min(fewest, default=limits.rounds if samples else 0)) < limits.rounds:
+        problems.append(f"{rounds} rounds were made; fewer than {limits.rounds} say too little")
     if noise["direct_spread"] > limits.direct:
         problems.append(
             f"without a proxy the rate spread by {noise['direct_spread']:.0%} between rounds; "

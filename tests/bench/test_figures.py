@@ -124,6 +124,13 @@ def test_tails_at_a_given_pace_are_not_judged() -> None:
     assert judge({"paced": {"ours": swinging, "envoy": [sample()] * 5}}, QUIET, Limits(rounds=1)).quiet
 
 
+def test_a_tail_that_a_run_has_once_does_not_make_the_rounds_too_few() -> None:
+    samples = rounds(STEADY, STEADY, [1000.0] * 6) | {"steady_push": {"ours": [sample()]}}
+    assert judge(samples, QUIET).quiet
+    assert not judge(samples | {"rr_64": {"ours": [sample()]}}, QUIET).quiet
+    assert not judge({}, QUIET).quiet
+
+
 def test_names_are_one_of_a_kind() -> None:
     keys = [workload.key or workload.name for workload in WORKLOADS.values()]
     assert len(keys) == len(set(keys))
