@@ -144,7 +144,7 @@ def _port_map(ports: tuple[tuple[int, int], ...], what: str) -> dict[int, int]:
     }
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(65_536)  # more than the accounts of a large mesh: one that thrashes makes each workload its own
 def _identity(trust_domain: str, namespace: str, service_account: str) -> SpiffeId:
     return SpiffeId.istio(trust_domain, namespace, service_account)
 
