@@ -330,6 +330,8 @@ class OutboundConnection(AppConnection):
         if relay is None:
             plane = self.plane
             relay = self.relay = Relay(plane.reactor, plane.calls, self._sock, self)
+            if self._answer is not None:  # what a server says first may come together with the 200
+                relay.hold()
         self._tries += 1
         dial = self._dial
         if isinstance(dial, InnerDial):

@@ -29,6 +29,8 @@ from ztunnel.dataplane.reactor import READ, READ_WRITE, WRITE
 from ztunnel.dataplane.sockets import DONTWAIT
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from ztunnel.dataplane.reactor import Reactor
     from ztunnel.dataplane.sockets import SocketCalls, StreamSocket
     from ztunnel.errors import DataplaneError
@@ -108,6 +110,10 @@ class _Nobody:
 _NOBODY: Final = _Nobody()
 
 
+def _takes_nothing(data: Buffer, flags: int = 0, /) -> int:
+    raise BlockingIOError
+
+
 class Relay:
     """The socket side of one app connection.
 
@@ -167,6 +173,10 @@ class Relay:
 
     # Life
 
+    def hold(self) -> None:
+        """Keep what comes from the far side until `start`: something else is to be written to the app before it."""
+        self._send = _takes_nothing
+
     def start(self, far: FarEnd, *, watched: bool = False, mask: int = READ) -> None:
         """Begin to relay. What the app has sent already is read at once.
 
@@ -176,6 +186,12 @@ class Relay:
             mask: what is known to be ready; by default it is tried.
         """
         self._far = far
+        if self._send is _takes_nothing:
+            self._send = self.sock.send
+            if self._queue:
+                self._write_queue()
+            if self.closed:
+                return
         if watched:
             self._watching = self._writing = True
             self._reactor.hand_over(self._fd, self)

@@ -149,6 +149,23 @@ def test_bytes_that_come_before_the_start_are_written_in_order() -> None:
     assert far.credits == [3]
 
 
+def test_a_relay_that_is_held_writes_from_its_start_on() -> None:
+    sock = ScriptedSocket()
+    reactor = scripted_reactor()
+    relay = Relay(reactor, SocketCalls(), sock, RelayOwner())
+    relay.hold()
+    assert relay.deliver(memoryview(b"early")) == 0
+    assert relay.deliver(memoryview(b" bird")) == 0
+    assert not sock.written
+    sock.takes.extend([3])
+    far = FakeFar()
+    relay.start(far)
+    tell(reactor, sock, OUT)
+    assert sock.written == b"early bird"
+    assert far.credits == [3, 7]
+    assert relay.deliver(memoryview(b"late")) == 4
+
+
 # Ends
 
 
