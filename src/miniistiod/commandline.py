@@ -12,7 +12,7 @@ from hbone.commandline import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["PROGRAM", "add_command", "add_state", "example", "say", "show", "table", "when"]
+__all__ = ["PROGRAM", "add_command", "add_state", "counted", "example", "say", "show", "table", "when"]
 
 PROGRAM = "miniistiod"
 
@@ -45,6 +45,11 @@ def add_state(command: Any) -> None:
 def when(seconds: float) -> str:
     """A moment, in UTC, to the second."""
     return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things; `what` is the word for one of them."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def show(text: str) -> None:

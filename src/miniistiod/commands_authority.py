@@ -15,7 +15,7 @@ from hbone.config import parse_duration
 from hbone.errors import IdentityError
 from hbone.identity import SpiffeId
 from miniistiod import ca, expiry, revocation
-from miniistiod.commandline import add_command, add_state, say, show, table, when
+from miniistiod.commandline import add_command, add_state, counted, say, show, table, when
 from miniistiod.rotation import SKEW, Plan, Rotation, Step, plan
 from miniistiod.store import CRL_FILE, ROOT_FILE, Store, serial_text
 from miniistiod.store.backup import restore
@@ -79,8 +79,8 @@ def _revoke(arguments: argparse.Namespace) -> int:
         show(json.dumps({**attrs.asdict(found), "crl": None if crl is None else crl.number}))
         return ExitCode.DONE
     say(
-        f"revoked {len(found.certificates)} certificates and {len(found.tokens)} tokens,"
-        f" removed {len(found.registrations)} registrations; open streams are cut within a second"
+        f"revoked {counted(len(found.certificates), 'certificate')} and {counted(len(found.tokens), 'token')},"
+        f" removed {counted(len(found.registrations), 'registration')}; open streams are cut within a second"
     )
     if found.marks:
         say(f"reached in plaintext from now on: {', '.join('/'.join(item) for item in found.marks)}")

@@ -13,7 +13,7 @@ from hbone.commandline import CommandError, ExitCode
 from hbone.errors import ConfigurationError
 from miniistiod import admin_client, expiry, lint, watch
 from miniistiod.catalog import ADDRESS, AUTHORIZATION
-from miniistiod.commandline import PROGRAM, add_command, add_state, say, show, table, when
+from miniistiod.commandline import PROGRAM, add_command, add_state, counted, say, show, table, when
 from miniistiod.registry import Registry
 from miniistiod.resources import Severity, load
 from miniistiod.store import ADMIN_SOCKET, Store
@@ -68,8 +68,8 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         for item in findings:
             show(str(item))
-        kinds = f"{len(resources.resources)} documents, {errors} errors, {len(findings) - errors} warnings"
-        say(kinds)
+        counts = ((len(resources.resources), "document"), (errors, "error"), (len(findings) - errors, "warning"))
+        say(", ".join(counted(number, what) for number, what in counts))
     return ExitCode.NO if errors or (arguments.strict and findings) else ExitCode.DONE
 
 

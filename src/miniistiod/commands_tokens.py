@@ -11,7 +11,7 @@ from hbone.commandline import CommandError, ExitCode
 from hbone.config import parse_duration
 from hbone.daemon.files import write_private
 from miniistiod import issue_tokens, revocation
-from miniistiod.commandline import add_command, add_state, say, show, table, when
+from miniistiod.commandline import add_command, add_state, counted, say, show, table, when
 from miniistiod.store import Store
 
 if TYPE_CHECKING:
@@ -203,15 +203,16 @@ def _token_revoke(arguments: argparse.Namespace) -> int:
             found = store.revoke(now, token=arguments.id)
             if store.plugged() is None:
                 revocation.publish(store, store.signers(), now)
-            say(f"{arguments.id} is revoked, and {len(found.certificates)} certificates that it got")
+            say(f"{arguments.id} is revoked, and {counted(len(found.certificates), 'certificate')} that it got")
             return ExitCode.DONE
         store.revoke_token(arguments.id, now)
         left = [item for item in store.certificates(now, token=arguments.id) if item.revoked is None]
     say(f"{arguments.id} is revoked")
     if left:
-        end = max(item.expires for item in left)
+        end = when(max(item.expires for item in left))
+        stay, them = ("stays good", "it") if len(left) == 1 else ("stay good, the last", "them")
         say(
-            f"{len(left)} certificates that it got stay good, the last until {when(end)}, and can be renewed;"
-            f" 'miniistiod token revoke {arguments.id} --certificates' takes them back"
+            f"{counted(len(left), 'certificate')} that it got {stay} until {end}, and can be renewed;"
+            f" 'miniistiod token revoke {arguments.id} --certificates' takes {them} back"
         )
     return ExitCode.DONE

@@ -167,6 +167,12 @@ def test_tokens_are_listed_and_revoked(state: Path, capsys: pytest.CaptureFixtur
     assert run("token", "revoke", "--state", state, "none") == 1
 
 
+def test_one_document_is_counted_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("{apiVersion: v1, kind: Namespace, metadata: {name: shop}}")
+    assert run("check", tmp_path) == 0
+    assert "1 document, 0 errors, 0 warnings" in capsys.readouterr().err
+
+
 def test_check_tells_file_line_what_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(MESH)
