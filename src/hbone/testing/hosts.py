@@ -40,6 +40,8 @@ __all__ = [
 CLONE_NEWNET = 0x4000_0000
 PACKET_MARK = 1337
 """The mark of ztunnel's own packets; the capture rules let them pass. Source: Istio's in-pod mark 0x539."""
+DNS_ZONE = 53
+"""The kernel's connection tracking zone of questions that go to the DNS proxy. Source: Istio has two such zones."""
 
 
 class HostsError(HboneError):
@@ -110,7 +112,9 @@ def dns_rules(port: int = 15053, *, resolver_user: int | str | None = None) -> s
 
     Questions to a resolver on this host itself go there too. They come before the rules for TCP. What the proxy asks
     in turn carries the mark and passes; so must what a resolver on this host asks, or the proxy's own questions to
-    that resolver would come back to it.
+    that resolver would come back to it. Those questions that go to the proxy are tracked in a zone of their own: for
+    half a minute the kernel treats a datagram like an earlier one between the same ports, so an application whose
+    port the proxy had used to ask the resolver would otherwise reach the resolver, past the mesh.
 
     Args:
         port: of the DNS proxy, on 127.0.0.1 and ::1.
@@ -120,12 +124,24 @@ def dns_rules(port: int = 15053, *, resolver_user: int | str | None = None) -> s
     return f"""\
 table inet hbone_dns {{
   chain output {{
-    type nat hook output priority -101; policy accept;
+    type filter hook output priority -300; policy accept;
+    meta l4proto {{ tcp, udp }} th sport {port} ct zone set {DNS_ZONE}
     meta mark & 0xfff == {PACKET_MARK:#x} accept
-{passing}    udp dport 53 redirect to :{port}
-    tcp dport 53 redirect to :{port}
+{passing}    meta l4proto {{ tcp, udp }} th dport 53 ct zone set {DNS_ZONE}
+  }}
+  chain to_proxy {{
+    type nat hook output priority -101; policy accept;
+    ct zone {DNS_ZONE} meta l4proto {{ tcp, udp }} th dport 53 redirect to :{port}
   }}
 }}
+"""
+
+
+_PROBE = """\
+table inet probe {
+  chain output { type filter hook output priority -300; ct zone set 1; }
+  chain elsewhere { type nat hook output priority -100; tcp dport 1 redirect to :2; }
+}
 """
 
 
@@ -141,7 +157,7 @@ def namespace_obstacle() -> str:
     try:
         _run(["ip", "netns", "add", name])
         try:
-            _run(["ip", "netns", "exec", name, "nft", "-f", "-"], capture_rules(dns=15053))
+            _run(["ip", "netns", "exec", name, "nft", "-f", "-"], _PROBE)  # a fault in our rules is no obstacle
         finally:
             _run(["ip", "netns", "del", name])
     except HostsError as error:
