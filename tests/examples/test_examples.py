@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hbone.testing.hosts import namespace_obstacle
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,7 +44,6 @@ def test_every_example_is_run_by_a_test() -> None:
 
 
 @pytest.mark.netns
-@pytest.mark.skipif(bool(namespace_obstacle()), reason=f"no network namespaces here: {namespace_obstacle()}")
 @pytest.mark.timeout(180)
 def test_the_demo_is_as_expected_in_namespaces() -> None:
     done = run("-m", "examples.demo")

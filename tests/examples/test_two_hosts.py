@@ -14,7 +14,7 @@ import pytest
 import trio
 from tests.support.dns import ask_from
 
-from hbone.testing.hosts import NamespaceHost, hosts, namespace_obstacle
+from hbone.testing.hosts import NamespaceHost, hosts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "two_hosts"
 
-pytestmark = [
-    pytest.mark.netns,
-    pytest.mark.skipif(bool(namespace_obstacle()), reason=f"no network namespaces here: {namespace_obstacle()}"),
-]
+pytestmark = pytest.mark.netns
 
 
 def _environment() -> dict[str, str]:

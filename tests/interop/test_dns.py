@@ -14,16 +14,10 @@ import pytest
 from tests.support.dns_host import MESH_NAMES, NAMES
 from tests.support.dns_libc import FORWARDED, OWNED
 
-from hbone.testing.hosts import namespace_obstacle
-
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.netns,
-    pytest.mark.skipif(bool(namespace_obstacle()), reason=namespace_obstacle() or "possible"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.netns]
 MESH = {
     "web": ["10.96.0.1", "2001:db8::1"],
     "web.ns1": ["10.96.0.1", "2001:db8::1"],

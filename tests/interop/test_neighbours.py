@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 from tests.support.background import mesh_ca
-from tests.support.lab import DOCUMENTS, ECHO, FAR, GUARDED, WITHIN, Lab, lab, needs_namespaces
+from tests.support.lab import DOCUMENTS, ECHO, FAR, GUARDED, WITHIN, Lab, lab
 from tests.support.shop import until
 from tests.support.sizes import FULL
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from hbone.testing.ca import Issued
 
-pytestmark = [pytest.mark.interop, *needs_namespaces, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.interop, pytest.mark.netns, pytest.mark.timeout(300)]
 
 HELLO = b"hello world"
 MTLS = 9443

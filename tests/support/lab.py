@@ -17,14 +17,13 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import pytest
 import trio
 from tests.support.background import background, mesh_ca
 from tests.support.routing import bring_replies_back
 from tests.support.shop import until
 
 from hbone.identity import Identity, SpiffeId, StaticSource
-from hbone.testing.hosts import Host, NamespaceHost, namespace_obstacle
+from hbone.testing.hosts import Host, NamespaceHost
 from hbone.testing.mesh import Mesh, Ztunnel, mesh
 from hbone.trio import ConnectionPool
 
@@ -45,18 +44,12 @@ __all__ = [
     "WITHIN",
     "Lab",
     "lab",
-    "needs_namespaces",
 ]
 
 ECHO, WHO, BEHIND = 9000, 9100, 15088
 """Ports: an echo; one that says which host it is, and the client's address; the waypoint behind its ztunnel."""
 ORDERS, NAMED, GUARDED, SANDWICHED, WITHIN, FAR = (f"10.88.0.{number}" for number in range(1, 7))
 """Virtual addresses: see DOCUMENTS."""
-
-needs_namespaces = [
-    pytest.mark.netns,
-    pytest.mark.skipif(bool(namespace_obstacle()), reason=f"no network namespaces here: {namespace_obstacle()}"),
-]
 
 ZTUNNELS = {"alpha": "client", "beta": "orders", "gamma": "guarded", "epsilon": "inner"}
 

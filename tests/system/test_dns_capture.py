@@ -13,7 +13,7 @@ import pytest
 import trio
 from tests.support.dns import Resolver, ask_from, exactly
 from tests.support.dns_stub import USER
-from tests.support.shop import ECHO, NAMESPACES, shop, until
+from tests.support.shop import ECHO, shop, until
 
 from hbone.testing.hosts import Host, NamespaceHost
 
@@ -35,11 +35,7 @@ spec:
 ELSEWHERE = "10.77.0.99"
 """An address of the hosts' network that nobody has."""
 
-pytestmark = [
-    pytest.mark.netns,
-    pytest.mark.skipif(not NAMESPACES, reason="no network namespaces here"),
-    pytest.mark.timeout(180),
-]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(180)]
 
 
 async def serve(host: Host, resolver: Resolver, nursery: trio.Nursery) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
-from tests.support.lab import DOCUMENTS, ECHO, NAMED, ORDERS, SANDWICHED, WHO, Lab, lab, needs_namespaces
+from tests.support.lab import DOCUMENTS, ECHO, NAMED, ORDERS, SANDWICHED, WHO, Lab, lab
 from tests.support.shop import serve_echo, until
 from tests.support.sizes import FULL, size
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from hbone.testing.hosts import Host
 
-pytestmark = [*needs_namespaces, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
 
 HELLO = b"hello world"
 

@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.lab import needs_namespaces
 from tests.support.shop import DENY_ALL, ECHO, echo, shop, until
 from tests.support.sizes import FULL
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
     from hbone.testing.mesh import Mesh
 
-pytestmark = [*needs_namespaces, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
 
 ON_DEMAND = {"XDS_ON_DEMAND": "true", "ISTIO_META_DNS_CAPTURE": "false"}
 

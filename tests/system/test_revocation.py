@@ -8,9 +8,8 @@ import pytest
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from tests.support.shop import ECHO, NAMESPACES, echo, shop, until
+from tests.support.shop import ECHO, echo, shop, until
 
-from hbone.testing.hosts import namespace_obstacle
 from miniistiod import ca
 from miniistiod.store import Store
 
@@ -92,7 +91,6 @@ async def test_a_file_of_lists_cuts_a_live_connection_when_it_changes(tmp_path: 
 
 
 @pytest.mark.netns
-@pytest.mark.skipif(not NAMESPACES, reason=f"no network namespaces here: {namespace_obstacle()}")
 @pytest.mark.parametrize(
     ("revoked", "judge", "reporter"), [("alpha", "beta", "destination"), ("beta", "alpha", "source")]
 )

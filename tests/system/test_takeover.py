@@ -13,7 +13,7 @@ import trio
 from tests.support.daemon import exchange
 from tests.support.dns import ask_from
 from tests.support.load import Load
-from tests.support.shop import NAMESPACES, echo, shop, until
+from tests.support.shop import echo, shop, until
 from tests.support.sizes import FULL, size
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ async def test_both_sides_are_taken_over_at_200_connects_a_second(tmp_path: Path
 
 
 @pytest.mark.netns
-@pytest.mark.skipif(not NAMESPACES, reason="no network namespaces here")
 async def test_captured_hosts_are_taken_over_by_more_and_by_fewer_workers(tmp_path: Path) -> None:
     settings = {"CONNECTION_TERMINATION_DEADLINE": "20s", "ZTUNNEL_WORKER_THREADS": "2"}
     turns = [("beta", "2"), ("alpha", "1"), ("alpha", "2"), ("beta", "3"), ("beta", "1")]

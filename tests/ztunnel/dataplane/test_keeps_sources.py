@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.support.routing import bring_replies_back
 
-from hbone.testing.hosts import NamespaceHost, hosts, namespace_obstacle
+from hbone.testing.hosts import NamespaceHost, hosts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = [
-    pytest.mark.netns,
-    pytest.mark.skipif(bool(namespace_obstacle()), reason=f"no network namespaces here: {namespace_obstacle()}"),
-]
+pytestmark = pytest.mark.netns
 
 PROBE = """
 from ztunnel.dataplane.listener import keeps_sources
