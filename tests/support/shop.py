@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from tests.support.sizes import FULL
 
 from hbone.testing.hosts import namespace_obstacle
 from hbone.testing.mesh import Mesh, mesh
@@ -16,7 +17,22 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from pathlib import Path
 
-__all__ = ["DENY_ALL", "ECHO", "NAMESPACES", "WORKLOADS", "descriptors", "echo", "kinds", "serve_echo", "shop", "until"]
+__all__ = [
+    "DENY_ALL",
+    "ECHO",
+    "LOOPBACK",
+    "NAMESPACES",
+    "WORKLOADS",
+    "closest_kind",
+    "descriptors",
+    "echo",
+    "ended",
+    "kinds",
+    "open_stream",
+    "serve_echo",
+    "shop",
+    "until",
+]
 
 ECHO = 9000
 NAMESPACES = not namespace_obstacle()
@@ -43,13 +59,13 @@ spec:
   rules: [{}]
 """
 
-kinds = pytest.mark.parametrize(
-    "namespaces",
-    [
-        pytest.param(False, id="loopback"),
-        pytest.param(True, id="namespaces", marks=pytest.mark.netns),
-    ],
-)
+LOOPBACK = f"127.{2 + os.getpid() % 200}.{os.getpid() // 200 % 250}"
+"""Where the hosts of this process are if they are loopback addresses: two runs on one machine keep apart."""
+
+_KINDS = [pytest.param(False, id="loopback"), pytest.param(True, id="namespaces", marks=pytest.mark.netns)]
+kinds = pytest.mark.parametrize("namespaces", _KINDS)
+closest_kind = pytest.mark.parametrize("namespaces", _KINDS[(0 if FULL else NAMESPACES) : (1 + NAMESPACES)])
+"""The short run takes the one that is closer to a real host."""
 
 
 @contextlib.asynccontextmanager
@@ -67,7 +83,7 @@ async def shop(
         ["alpha", "beta"],
         namespaces=namespaces,
         documents={"shop": WORKLOADS, **(documents or {})},
-        loopback=f"127.{2 + os.getpid() % 200}.{os.getpid() // 200 % 250}",  # two runs on one machine keep apart
+        loopback=LOOPBACK,
     )
     async with started as running, trio.open_nursery() as nursery:
         listener = await running.hosts["beta"].listen(ECHO)
@@ -107,6 +123,26 @@ async def echo(running: Mesh, data: bytes = b"hello", *, port: int = ECHO) -> by
         except trio.BrokenResourceError:
             pass
     return back
+
+
+async def open_stream(running: Mesh) -> trio.SocketStream:
+    """A connection of `alpha` to `beta` that is served and stays open."""
+    stream = await running.connect("alpha", running.hosts["beta"].address, ECHO)
+    await stream.send_all(b"first")
+    assert await stream.receive_some() == b"first"
+    return stream
+
+
+async def ended(stream: trio.SocketStream, seconds: float) -> bool:
+    """Whether a stream that carries nothing further ended in time, by a reset too; closes it."""
+    found = False
+    with trio.move_on_after(seconds):
+        try:
+            found = not await stream.receive_some()
+        except trio.BrokenResourceError:
+            found = True
+    await trio.aclose_forcefully(stream)
+    return found
 
 
 def descriptors(pid: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
-from tests.support.shop import ECHO, kinds, serve_echo, until
+from tests.support.shop import ECHO, LOOPBACK, kinds, serve_echo, until
 
 from hbone.testing.hosts import NamespaceHost
 from hbone.testing.mesh import Mesh, Ztunnel, mesh
@@ -69,7 +69,7 @@ async def two_networks(directory: Path, *, namespaces: bool) -> AsyncIterator[Me
         namespaces=namespaces,
         documents={"shop": DOCUMENTS, "gateway": GATEWAY},
         capture=False,
-        loopback=f"127.{2 + os.getpid() % 200}.{os.getpid() // 200 % 250}",
+        loopback=LOOPBACK,
     )
     async with started as running, trio.open_nursery() as nursery:
         listener = await running.hosts["beta"].listen(ECHO)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import trio
-from tests.support.shop import DENY_ALL, ECHO, echo, kinds, shop, until
+from tests.support.shop import DENY_ALL, echo, ended, kinds, open_stream, shop, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,24 +29,6 @@ def allow(account: str, selector: str = SELECTOR) -> str:
     return ALLOW.format(account=account, selector=selector)
 
 
-async def _open(running: Mesh) -> trio.SocketStream:
-    stream = await running.connect("alpha", running.hosts["beta"].address, ECHO)
-    await stream.send_all(b"first")
-    assert await stream.receive_some() == b"first"
-    return stream
-
-
-async def _ends(stream: trio.SocketStream, seconds: float) -> bool:
-    ended = False
-    with trio.move_on_after(seconds):
-        try:
-            ended = not await stream.receive_some()
-        except trio.BrokenResourceError:
-            ended = True
-    await trio.aclose_forcefully(stream)
-    return ended
-
-
 @kinds
 async def test_only_the_named_identity_may_call(tmp_path: Path, namespaces: bool) -> None:
     async with shop(tmp_path, namespaces=namespaces, documents={"policy": allow("client")}) as running:
@@ -64,10 +46,10 @@ async def _refused(running: Mesh) -> bool:
 @kinds
 async def test_a_changed_policy_ends_a_live_connection_within_a_second(tmp_path: Path, namespaces: bool) -> None:
     async with shop(tmp_path, namespaces=namespaces, documents={"policy": allow("client")}) as running:
-        stream = await _open(running)
+        stream = await open_stream(running)
         running.apply("policy", allow("somebody-else"))
         started = trio.current_time()
-        assert await _ends(stream, 10)
+        assert await ended(stream, 10)
         record = await running.ztunnels["beta"].until_logged(error="connection closed due to policy change")
         assert record["src.identity"].endswith("/sa/client")
         assert trio.current_time() - started < 10
@@ -76,9 +58,9 @@ async def test_a_changed_policy_ends_a_live_connection_within_a_second(tmp_path:
 @kinds
 async def test_a_new_selector_policy_ends_a_live_connection(tmp_path: Path, namespaces: bool) -> None:
     async with shop(tmp_path, namespaces=namespaces) as running:
-        stream = await _open(running)
+        stream = await open_stream(running)
         running.apply("closed", DENY_ALL)
-        assert await _ends(stream, 10)
+        assert await ended(stream, 10)
         await running.ztunnels["beta"].until_logged(error="connection closed due to policy change")
         running.withdraw("closed")
         assert await until(lambda: _answered(running))
@@ -91,7 +73,7 @@ async def _answered(running: Mesh) -> bool:
 @kinds
 async def test_a_document_that_cannot_be_enforced_changes_nothing(tmp_path: Path, namespaces: bool) -> None:
     async with shop(tmp_path, namespaces=namespaces, documents={"policy": allow("client")}) as running:
-        stream = await _open(running)
+        stream = await open_stream(running)
         broken = allow("client").replace("rules:", "rules:\n  - to: [{operation: {methods: [GET]}}]")
         running.apply("policy", broken)
         status, body = 200, ""

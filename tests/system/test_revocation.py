@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from tests.support.shop import ECHO, echo, shop, until
+from tests.support.shop import echo, ended, open_stream, shop, until
 
 from miniistiod import ca
 from miniistiod.store import Store
@@ -19,24 +18,6 @@ if TYPE_CHECKING:
     from hbone.testing.mesh import Mesh
 
 REVOKED = "connection closed: peer certificate revoked by CRL"
-
-
-async def _open(running: Mesh) -> trio.SocketStream:
-    stream = await running.connect("alpha", running.hosts["beta"].address, ECHO)
-    await stream.send_all(b"first")
-    assert await stream.receive_some() == b"first"
-    return stream
-
-
-async def _ends(stream: trio.SocketStream) -> bool:
-    ended = False
-    with trio.move_on_after(30):
-        try:
-            ended = not await stream.receive_some()
-        except trio.BrokenResourceError:
-            ended = True
-    await trio.aclose_forcefully(stream)
-    return ended
 
 
 def _certificate(running: Mesh, host: str) -> x509.Certificate:
@@ -65,10 +46,10 @@ async def test_revoke_cuts_a_live_connection_and_later_ones(tmp_path: Path, work
     environment = {"ZTUNNEL_WORKER_THREADS": workers}
     async with shop(tmp_path, namespaces=False, environment=environment) as running:
         assert await until(lambda: (tmp_path / "alpha-state" / "svid.pem").exists())
-        stream = await _open(running)
+        stream = await open_stream(running)
         serial = f"{_certificate(running, 'alpha').serial_number:x}"
         running.cli("revoke", "--state", str(tmp_path / "state"), "--serial", serial)
-        assert await _ends(stream)
+        assert await ended(stream, 30)
         record = await running.ztunnels["beta"].until_logged(error=REVOKED)
         assert record["src.identity"].endswith("/sa/client")
         assert await _rejections(running, "beta") >= 1
@@ -83,9 +64,9 @@ async def test_a_file_of_lists_cuts_a_live_connection_when_it_changes(tmp_path: 
     async with shop(tmp_path, namespaces=False, environment=environment) as running:
         await running.ztunnels["beta"].until_logged(message="revocation lists are missing", path=str(path))
         assert await until(lambda: (tmp_path / "alpha-state" / "svid.pem").exists())
-        stream = await _open(running)
+        stream = await open_stream(running)
         _list(running, "alpha", path)
-        assert await _ends(stream)
+        assert await ended(stream, 30)
         await running.ztunnels["beta"].until_logged(error=REVOKED)
         assert await echo(running) == b""
 
@@ -100,9 +81,9 @@ async def test_captured_connections_end_and_new_ones_are_refused_by_either_side(
     path = tmp_path / "lists.pem"
     async with shop(tmp_path, namespaces=True, environment={"CRL_PATH": str(path)}) as running:
         assert await until(lambda: (tmp_path / f"{revoked}-state" / "svid.pem").exists(), seconds=30)
-        stream = await _open(running)
+        stream = await open_stream(running)
         _list(running, revoked, path)
-        assert await _ends(stream)
+        assert await ended(stream, 30)
         await running.ztunnels[judge].until_logged(error=REVOKED)
         before = await _rejections(running, judge, reporter)
         assert before >= 1

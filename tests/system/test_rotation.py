@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from tests.support.shop import ECHO, NAMESPACES, echo, shop
+from tests.support.shop import ECHO, NAMESPACES, closest_kind, echo, shop
 from tests.support.sizes import FULL, size
 
 from miniistiod.rotation import Step
@@ -104,13 +104,7 @@ async def restart(running: Mesh, applications: Applications, *, forgets: str) ->
     await applications.until_more()
 
 
-@pytest.mark.parametrize(
-    "namespaces",
-    [
-        pytest.param(False, id="loopback"),
-        pytest.param(True, id="namespaces", marks=pytest.mark.netns),
-    ][(0 if FULL else NAMESPACES) : (1 + NAMESPACES)],  # the short run takes the one that is closer to a real host
-)
+@closest_kind
 @pytest.mark.timeout(300)
 async def test_no_connection_fails_while_the_root_is_rotated(tmp_path: Path, namespaces: bool) -> None:
     async with shop(tmp_path, namespaces=namespaces, environment=SHORT) as running:

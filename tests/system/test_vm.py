@@ -11,10 +11,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import trio
-from tests.support.shop import ECHO, NAMESPACES, echo, serve_echo
-from tests.support.sizes import FULL
+from tests.support.shop import ECHO, LOOPBACK, closest_kind, echo, serve_echo
 
 from hbone.testing.hosts import PACKET_MARK
 from hbone.testing.mesh import Ztunnel, mesh
@@ -117,20 +115,14 @@ async def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
-@pytest.mark.parametrize(
-    "namespaces",
-    [
-        pytest.param(False, id="loopback"),
-        pytest.param(True, id="namespaces", marks=pytest.mark.netns),
-    ][(0 if FULL else NAMESPACES) : (1 + NAMESPACES)],
-)
+@closest_kind
 async def test_the_life_of_a_machine(tmp_path: Path, namespaces: bool) -> None:
     started = mesh(
         tmp_path,
         ["alpha", "beta"],
         namespaces=namespaces,
         documents={"shop": DOCUMENTS},
-        loopback=f"127.{2 + os.getpid() % 200}.{os.getpid() // 200 % 250}",
+        loopback=LOOPBACK,
         control_arguments=("--registration-grace", "1s", "--max-ttl", "1h"),
     )
     async with started as running, trio.open_nursery() as nursery:
