@@ -7,6 +7,7 @@ HboneError
 │   └── RemoteProtocolError   the peer broke the protocol; GOAWAY is queued, the connection is over
 ├── TlsError                  the handshake failed, or a record could not be read
 │   └── PeerIdentityError     the peer's certificate is not one that we accept
+│       └── PeerRevokedError  its CA took it back
 ├── IdentityError             a SPIFFE ID, SVID or trust bundle of ours is unusable
 ├── ConnectionLost            the transport went away
 ├── StreamResetError(code)    the peer ended one stream abruptly
@@ -30,6 +31,7 @@ __all__ = [
     "IdentityError",
     "LocalProtocolError",
     "PeerIdentityError",
+    "PeerRevokedError",
     "ProtocolError",
     "RemoteProtocolError",
     "StreamResetError",
