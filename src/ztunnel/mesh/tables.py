@@ -359,21 +359,13 @@ class Layer(Tables):
             return
         name = self.order.popleft()
         if name in self.over_workloads:
-            before = name in beneath.workloads
-            workload = self.workloads.get(name)
-            if workload is not None:
-                beneath.insert_workload(workload)
-            elif before:
-                beneath.remove_workload(name)
-            self.hidden_workloads += (workload is not None) - before
+            self.hidden_workloads += _move(
+                name, self.workloads, beneath.workloads, beneath.insert_workload, beneath.remove_workload
+            )
         if name in self.over_services:
-            before = name in beneath.services
-            service = self.services.get(name)
-            if service is not None:
-                beneath.insert_service(service)
-            elif before:
-                beneath.remove_service(name)
-            self.hidden_services += (service is not None) - before
+            self.hidden_services += _move(
+                name, self.services, beneath.services, beneath.insert_service, beneath.remove_service
+            )
 
 
 class View(Mapping[str, V]):
@@ -420,6 +412,23 @@ class View(Mapping[str, V]):
 
     def __len__(self) -> int:
         return self._count()
+
+
+def _move(
+    name: str,
+    layer: Mapping[str, V],
+    beneath: Mapping[str, V],
+    insert: Callable[[V], None],
+    remove: Callable[[str], None],
+) -> int:
+    """Do beneath what the layer says of a name; how many more there are beneath now, all of them hidden."""
+    before = name in beneath
+    resource = layer.get(name)
+    if resource is not None:
+        insert(resource)
+    elif before:
+        remove(name)
+    return (resource is not None) - before
 
 
 def dismantle(container: Any) -> Iterator[None]:
