@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ztunnel.mesh.store import Store
     from ztunnel.mesh.workload import Workload
 
-__all__ = ["Candidate", "Choice", "Purpose", "candidates", "choose", "rank", "resolve_reference"]
+__all__ = ["Candidate", "Choice", "Purpose", "candidates", "choose", "look_up", "rank", "resolve_reference"]
 
 
 @attrs.frozen
@@ -76,8 +76,9 @@ def candidates(
         purpose: What the endpoint is to be.
     """
     found: list[tuple[Endpoint, Candidate | None, str]] = []
+    workloads = store.workloads  # made anew by each question while a large push is being worked in
     for uid, endpoint in store.endpoints(service).items():
-        workload = store.workloads.get(uid)
+        workload = workloads.get(uid)
         if workload is None:
             found.append((endpoint, None, "its workload is not known"))
             continue
@@ -188,16 +189,24 @@ _SCOPES: dict[Scope, Callable[[Workload], str]] = {
 }
 
 
+def look_up(
+    store: Store, reference: GatewayAddress, namespace: str | None = None
+) -> tuple[Service | None, Workload | None]:
+    """The service that a reference means to clients of a namespace, or of any; or else the workload."""
+    to = reference.destination
+    if isinstance(to, NamespacedHostname):
+        service = store.services.get(str(to))
+        workload = store.workload_by_hostname(to.namespace, to.hostname) if service is None else None
+    else:
+        service = store.service_by_vip(to.network, to.ip, namespace)
+        workload = store.workload_by_address(to.network, to.ip) if service is None else None
+    return service, workload
+
+
 def resolve_reference(store: Store, reference: GatewayAddress) -> list[Workload]:
     """Every workload that a reference may mean: an address's or host name's own, or all endpoints of its service."""
-    destination = reference.destination
-    if isinstance(destination, NamespacedHostname):
-        service = store.services.get(str(destination))
-        workload = store.workload_by_hostname(destination.namespace, destination.hostname)
-    else:
-        service = store.service_by_vip(destination.network, destination.ip)
-        workload = store.workload_by_address(destination.network, destination.ip)
+    service, workload = look_up(store, reference)
     if service is not None:
-        uids = store.endpoints(service)
-        return [found for uid in uids if (found := store.workloads.get(uid)) is not None]
+        workloads = store.workloads
+        return [found for uid in store.endpoints(service) if (found := workloads.get(uid)) is not None]
     return [workload] if workload is not None else []

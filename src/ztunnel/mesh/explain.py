@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ztunnel.errors import address_text
-from ztunnel.mesh.endpoints import Purpose, candidates, rank
+from ztunnel.mesh.endpoints import Purpose, candidates, look_up, rank
 from ztunnel.mesh.rbac import Connection, decide
-from ztunnel.mesh.route import Plain, Refused, Resolve, Tunnel, find_service, look_up, route
+from ztunnel.mesh.route import Plain, Refused, Resolve, Tunnel, find_service, route
 from ztunnel.mesh.service import Mode
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _place_steps(
     store: Store, source: Workload, reference: GatewayAddress, purpose: Purpose, gateways: dict[GatewayAddress, str]
 ) -> list[Step]:
     """What a reference leads to, and every alternative."""
-    service, workload = look_up(store, source, reference)
+    service, workload = look_up(store, reference, source.namespace)
     if service is not None:
         return _endpoint_steps(store, source, service, reference.hbone_mtls_port, purpose, gateways)
     if workload is None:

@@ -26,8 +26,8 @@ from ztunnel.errors import (
     UnusableDestination,
     address_text,
 )
-from ztunnel.mesh.address import NamespacedHostname, NetworkAddress, canonical, is_loopback
-from ztunnel.mesh.endpoints import Purpose, choose, resolve_reference
+from ztunnel.mesh.address import NetworkAddress, canonical, is_loopback
+from ztunnel.mesh.endpoints import Purpose, choose, look_up, resolve_reference
 from ztunnel.mesh.workload import Protocol
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ __all__ = [
     "choose_waypoint",
     "find_place",
     "find_service",
-    "look_up",
     "route",
 ]
 
@@ -283,18 +282,6 @@ class Place:
     """An address of the family that is preferred."""
 
 
-def look_up(store: Store, source: Workload, reference: GatewayAddress) -> tuple[Service | None, Workload | None]:
-    """The service that a reference means, or else the workload."""
-    to = reference.destination
-    if isinstance(to, NamespacedHostname):
-        service = store.services.get(str(to))
-        workload = store.workload_by_hostname(to.namespace, to.hostname) if service is None else None
-    else:
-        service = store.service_by_vip(to.network, to.ip, source.namespace)
-        workload = store.workload_by_address(to.network, to.ip) if service is None else None
-    return service, workload
-
-
 def find_place(
     store: Store, source: Workload, reference: GatewayAddress, hint: IpAddress, rng: random.Random, purpose: Purpose
 ) -> Place | Workload | None:
@@ -315,7 +302,7 @@ def find_place(
     port = reference.hbone_mtls_port
     if isinstance(to, NetworkAddress):
         hint = to.ip
-    service, workload = look_up(store, source, reference)
+    service, workload = look_up(store, reference, source.namespace)
     if service is not None:
         choice = choose(store, source, service, port, purpose)
         chosen: Candidate | None = choice.draw(rng)
@@ -394,7 +381,7 @@ def _behind_gateway(store: Store, upstream: Workload, service: Service | None) -
     key = ("behind", service.key, upstream.network)
     found: frozenset[SpiffeId] | None = store.memo.get(key)
     if found is None:
-        there = (store.workloads.get(uid) for uid in store.endpoints(service))
+        there = map(store.workloads.get, store.endpoints(service))
         found = service.identities | {
             workload.identity
             for workload in there
