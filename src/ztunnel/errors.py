@@ -272,6 +272,11 @@ class IdentityUnavailable(DataplaneError):
     def __init__(self, why: str) -> None:
         super().__init__(f"identity error: {why}")
 
+    @staticmethod
+    def because(error: Exception) -> DataplaneError:
+        """What a source of certificates raised, as the end of a connection: its own errors are of many kinds."""
+        return error if isinstance(error, DataplaneError) else IdentityUnavailable(str(error) or type(error).__name__)
+
 
 class TlsFailed(DataplaneError):
     """The TLS handshake with a peer failed, or a record could not be read."""

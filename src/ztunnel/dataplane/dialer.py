@@ -169,8 +169,8 @@ class Dialer:
         identity: Identity | None = None
         try:
             identity = await self._identities.fetch()
-        except Exception as exc:  # the source's own errors are of many kinds, and each is this connection's end
-            error = exc if isinstance(exc, DataplaneError) else IdentityUnavailable(str(exc) or type(exc).__name__)
+        except Exception as exc:
+            error = IdentityUnavailable.because(exc)
         finally:
             if identity is None:
                 self._failed(key, error)

@@ -134,8 +134,8 @@ class Inbound:
         self.waiting += 1
         try:
             identity = await self._identities.fetch()
-        except Exception as exc:  # the source's own errors are of many kinds, and each is this connection's end
-            error = exc if isinstance(exc, DataplaneError) else IdentityUnavailable(str(exc) or type(exc).__name__)
+        except Exception as exc:
+            error = IdentityUnavailable.because(exc)
         finally:
             self.waiting -= 1
             if identity is None:

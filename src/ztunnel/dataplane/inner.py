@@ -360,8 +360,8 @@ class InnerDial:
         try:
             await self._tunnels.identities.fetch()
             fetched = True
-        except Exception as exc:  # the source's own errors are of many kinds, and each is this connection's end
-            error = exc if isinstance(exc, DataplaneError) else IdentityUnavailable(str(exc) or type(exc).__name__)
+        except Exception as exc:
+            error = IdentityUnavailable.because(exc)
         finally:
             if not fetched:
                 self.failed(error)
