@@ -87,11 +87,9 @@ class Recall:
 
     def _check(self, session: Session[Any]) -> bool:
         assert self._source is not None
-        tls = session.endpoint.tls
-        path = tls.peer_chain if tls.peer_root is None else (*tls.peer_chain, tls.peer_root)
         error: HboneError
         try:
-            found = self._source.current.find(path)
+            found = self._source.current.find(session.endpoint.tls.verified_path)
         except UNPARSABLE:
             error = PeerIdentityError("the peer's certificate cannot be looked up in the revocation lists")
         else:

@@ -134,6 +134,11 @@ class TlsConnection:
     # Handshake
 
     @property
+    def verified_path(self) -> tuple[x509.Certificate, ...]:
+        """The peer's certificates up to and with the root; none before the handshake is done."""
+        return self.peer_chain if self.peer_root is None else (*self.peer_chain, self.peer_root)
+
+    @property
     def refused_id(self) -> SpiffeId | None:
         """Who it was that `authorize` refused, to say so."""
         return self._check.peer_id if not self._check.accepted else None

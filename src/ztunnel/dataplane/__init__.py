@@ -24,15 +24,17 @@ from ztunnel.dataplane.outbound import Outbound
 from ztunnel.dataplane.passthrough import Passthrough
 from ztunnel.dataplane.plane import Plane
 from ztunnel.dataplane.reactor import Reactor
-from ztunnel.dataplane.recall import Recall, RevocationSource
+from ztunnel.dataplane.recall import Recall
 from ztunnel.dataplane.sockets import SocketCalls, SocketOptions, local_addresses
 from ztunnel.dataplane.socks5 import Socks5
-from ztunnel.errors import Drained
+from ztunnel.errors import Drained, address_text
+from ztunnel.mesh.route import HBONE_PORT
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from hbone.identity import RevocationSource
     from ztunnel.config import Config
     from ztunnel.control.demand import Demand
     from ztunnel.dataplane.tunnel import Tunnel
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataplane", "IdentitySource", "Reactor", "SocketCalls"]
 
-_HBONE_PORT: Final = 15_008
 _DRAIN_STEP: Final = 0.01  # seconds between two looks whether all is done
 
 
@@ -82,7 +83,7 @@ class Dataplane:
         *,
         revocations: RevocationSource | None = None,
         calls: SocketCalls | None = None,
-        hbone_port: int = _HBONE_PORT,
+        hbone_port: int = HBONE_PORT,
         demand: Demand | None = None,
     ) -> None:
         self.reactor = reactor
@@ -280,11 +281,10 @@ class Dataplane:
         )
         for direction, tunnels in by_direction:
             for tunnel in tunnels:
-                ip, port = tunnel.address
                 listed.append(
                     {
                         "direction": direction,
-                        "address": f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}",
+                        "address": address_text(tunnel.address),
                         "peer": str(tunnel.peer) if tunnel.peer is not None else None,
                         "streams": len(tunnel.streams),
                         "established": tunnel.established,

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from ztunnel.mesh.route import HBONE_PORT
+
 if TYPE_CHECKING:
     from ztunnel.config import Config
     from ztunnel.control.demand import Demand
@@ -39,5 +41,5 @@ class Plane:
     """Ports of our own listeners."""
     own_addresses: frozenset[IpAddress] = frozenset()
     """Addresses of this host's interfaces, at start."""
-    hbone_port: int = 15_008
+    hbone_port: int = HBONE_PORT
     """Where peers take tunnels."""

@@ -6,7 +6,7 @@ revocation.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from hbone.daemon.logs import get_logger
 from hbone.identity import RevocationLists
@@ -16,26 +16,17 @@ from ztunnel.errors import CertificateRevoked, TlsFailed, address_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from hbone.identity import RevocationSource
     from ztunnel.dataplane.reactor import Reactor
     from ztunnel.dataplane.tunnel import Tunnel
     from ztunnel.errors import DataplaneError
     from ztunnel.metrics import Metrics
 
-__all__ = ["Recall", "RevocationSource"]
+__all__ = ["Recall"]
 
 _SLICE_SECONDS: Final = 0.001
 
 log = get_logger("ztunnel.dataplane")
-
-
-class RevocationSource(Protocol):
-    """Who knows the lists."""
-
-    current: RevocationLists
-    """Those in force."""
-
-    def subscribe(self, callback: Callable[[], object]) -> Callable[[], None]:
-        """Call after each change; returns what ends that."""
 
 
 class Recall:
@@ -124,11 +115,9 @@ class Recall:
         self._reactor.later(self._check_some)
 
     def _check(self, tunnel: Tunnel, reporter: str) -> bool:
-        tls = tunnel.endpoint.tls
-        path = tls.peer_chain if tls.peer_root is None else (*tls.peer_chain, tls.peer_root)
         error: DataplaneError
         try:
-            found = self.lists.find(path)
+            found = self.lists.find(tunnel.endpoint.tls.verified_path)
         except UNPARSABLE:
             self._metrics.crl_untracked(reporter)
             why = "the peer's certificate cannot be looked up in the revocation lists"
