@@ -17,7 +17,7 @@ import trio
 from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
 from miniistiod import auth, ca, revocation
-from miniistiod.rotation import Step, plan
+from miniistiod.rotation import plan
 from miniistiod.store import StaleAuthorityError, serial_text
 
 if TYPE_CHECKING:
@@ -213,11 +213,3 @@ class Authority:
     def problem(self) -> str:
         """Why the newest files of a CA are not in force; empty when all is well."""
         return "" if self._plugged is None else self._plugged.problem
-
-    def next_step(self) -> tuple[Step, float] | None:
-        """The next step of a rotation and when it opens; None when there is no rotation."""
-        rotation = self._store.rotation()
-        if rotation is None:
-            return None
-        following = plan(rotation, self._store.facts(rotation, self._wall()))
-        return following.next, following.opens
