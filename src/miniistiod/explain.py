@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
@@ -25,6 +25,8 @@ from ztunnel.mesh.store import Store
 from ztunnel.mesh.workload import Protocol, Workload
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from miniistiod.catalog import Catalog, Entry
 
 __all__ = ["ExplainError", "MeshView", "Question", "effective", "reachability"]
@@ -35,6 +37,9 @@ MAX_TARGETS = 60
 """Of a table of who may reach what."""
 MAX_ENDPOINTS = 25
 """Of each service that are looked at for that table; `explain` looks at those that are chosen."""
+
+
+_Decoded = TypeVar("_Decoded")
 
 
 class ExplainError(HboneError):
@@ -69,25 +74,25 @@ class MeshView:
 
     def take(self, news: _News) -> Store:
         """Read it; may be done in a thread."""
-        rejected: list[RejectedResource] = []
-        addresses, policies = [], []
-        for name, item in news.addresses:
-            if item is not None:
-                try:
-                    addresses.append(decode_address(name, item.body))
-                except RejectedResource as error:
-                    rejected.append(error)
-        self.store.apply_addresses(addresses, [name for name, item in news.addresses if item is None], rejected)
-        rejected = []
-        for name, item in news.policies:
-            if item is not None:
-                try:
-                    policies.append(decode_policy(name, item.body))
-                except RejectedResource as error:
-                    rejected.append(error)
-        self.store.apply_policies(policies, [name for name, item in news.policies if item is None], rejected)
+        self.store.apply_addresses(*_read(news.addresses, decode_address))
+        self.store.apply_policies(*_read(news.policies, decode_policy))
         self._number = news.number
         return self.store
+
+
+def _read(
+    news: list[tuple[str, Entry | None]], decode: Callable[[str, bytes], _Decoded]
+) -> tuple[list[_Decoded], list[str], list[RejectedResource]]:
+    """What came, what went, and what a ztunnel would not take."""
+    decoded: list[_Decoded] = []
+    rejected: list[RejectedResource] = []
+    for name, item in news:
+        if item is not None:
+            try:
+                decoded.append(decode(name, item.body))
+            except RejectedResource as error:
+                rejected.append(error)
+    return decoded, [name for name, item in news if item is None], rejected
 
 
 @attrs.frozen
