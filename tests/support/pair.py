@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 import trio.lowlevel
+import trio.testing
 from tests.support.mesh import hbone
 
 from hbone.testing.ca import TestCa
@@ -183,6 +184,15 @@ class Pair:
         self.app_port = listeners[0].socket.getsockname()[1]
         self.nursery.start_soon(trio.serve_listeners, guarded, listeners)
         return self.app_port
+
+    @contextlib.asynccontextmanager
+    async def looking_away(self) -> AsyncIterator[None]:
+        """The client's end of the tunnel reads nothing meanwhile, and afterwards in one read what came."""
+        (tunnel,) = self.client.plane.dialer.tunnels
+        self.reactor.remove(tunnel._sock.fileno())
+        yield
+        await trio.testing.wait_all_tasks_blocked()
+        self.reactor.add(tunnel._sock.fileno(), tunnel)
 
     async def settle(self, done: Callable[[], bool]) -> None:
         """Wait until `done`, five seconds at most."""

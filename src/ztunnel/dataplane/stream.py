@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
+from hbone.errors import LocalProtocolError
 from ztunnel.dataplane.relay import CHUNK, READ_BUFFER
 
 if TYPE_CHECKING:
@@ -91,7 +92,10 @@ class StreamEnd:
     def room(self) -> int:
         """Bytes that can be sent now; 0 puts it in the queue of those that wait."""
         if not self.tunnel.blocked and not self.closed:
-            room = self._capacity(self.stream_id)
+            try:
+                room = self._capacity(self.stream_id)
+            except LocalProtocolError:  # one read brought what we act on and the stream's end, which is told next
+                return 0
             if room > 0:
                 return room if room < CHUNK else CHUNK
         self.tunnel.wait(self)

@@ -96,6 +96,60 @@ async def test_a_connect_that_was_processed_is_not(pair: Pair) -> None:
     assert "INTERNAL_ERROR" in pair.client.log.errors[0]
 
 
+# What one read brings
+
+
+async def test_an_application_that_resets_at_once_takes_no_other_stream_with_it(pair: Pair) -> None:
+    async def bang(stream: trio.SocketStream) -> None:
+        reset(stream)
+
+    async with await warm(pair) as other:
+        await pair.serve(bang)
+        async with pair.looking_away():
+            stream = await pair.connect()
+            await pair.settle(lambda: len(pair.server.log.completed) == 1)
+        async with stream:
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some(1)
+        await other.send_all(b"y")
+        assert await other.receive_some(1) == b"y"
+
+
+async def test_an_application_that_reads_on_and_resets_takes_no_other_stream_with_it(pair: Pair) -> None:
+    served: list[trio.SocketStream] = []
+    go_on = trio.Event()
+
+    async def late(stream: trio.SocketStream) -> None:
+        served.append(stream)
+        await go_on.wait()
+        async for _ in stream:
+            pass
+
+    async with await warm(pair) as other:
+        await pair.serve(late)
+        (tunnel,) = pair.client.plane.dialer.tunnels
+        async with await pair.connect() as stream, trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def send() -> None:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    while True:
+                        await stream.send_all(bytes(65_536))
+
+            await pair.settle(lambda: len(pair.server.plane.connections.inbound) == 2)
+            *_, connection = pair.server.plane.connections.inbound
+            relay = connection.relay
+            assert relay is not None
+            await pair.settle(lambda: bool(relay._queue) and tunnel.streams[max(tunnel.streams)].waits)
+            async with pair.looking_away():  # WINDOW_UPDATE and RST_STREAM come in one read
+                go_on.set()
+                await pair.settle(lambda: not relay._queue)
+                reset(served[0])
+                await pair.settle(lambda: len(pair.server.log.completed) == 1)
+        await other.send_all(b"y")
+        assert await other.receive_some(1) == b"y"
+
+
 async def test_an_app_that_gives_up_before_the_answer_takes_its_stream_with_it(pair: Pair) -> None:
     async with await warm(pair):
         asked: list[StreamEnd] = []
