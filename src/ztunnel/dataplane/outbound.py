@@ -453,6 +453,8 @@ class OutboundConnection(AppConnection):
             answer(error)
         if self.relay is not None:
             self.relay.closed = True
+            if self.relay.written:  # one read brought the 200, bytes and the tunnel's end: what was cut must show
+                self.plane.calls.reset_on_close(self._sock)
         self.plane.reactor.close(self._sock)
         self._over(error)
         self.relay = None  # it refers to us, and was never started

@@ -11,6 +11,8 @@ import trio
 from tests.support.compiled import stand_in
 from tests.support.pair import CA, Lines, Pair, echo, make_host, open_pair, reset
 
+from hbone.engine import frames
+from hbone.engine.frames import FrameType
 from hbone.errors import ErrorCode
 from ztunnel.dataplane import Reactor
 from ztunnel.mesh import Store, parse_ip
@@ -148,6 +150,25 @@ async def test_an_application_that_reads_on_and_resets_takes_no_other_stream_wit
                 await pair.settle(lambda: len(pair.server.log.completed) == 1)
         await other.send_all(b"y")
         assert await other.receive_some(1) == b"y"
+
+
+async def test_what_a_tunnel_brought_before_it_broke_is_not_taken_for_complete(pair: Pair) -> None:
+    async def greet(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"220 ready")
+        await trio.sleep_forever()
+
+    async with await warm(pair):
+        await pair.serve(greet)
+        async with pair.looking_away():  # 200, bytes and the fault come in one read
+            stream = await pair.connect()
+            await pair.settle(lambda: [c.bytes_moved()[1] for c in pair.server.plane.connections.inbound] == [1, 9])
+            (tunnel,) = pair.server.plane.inbound.tunnels
+            tunnel.engine.out += frames.frame(FrameType.PING, 0, 3, bytes(8))
+            tunnel.flush()
+        async with stream:
+            assert await stream.receive_some() == b"220 ready"
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some(1)
 
 
 async def test_an_app_that_gives_up_before_the_answer_takes_its_stream_with_it(pair: Pair) -> None:
