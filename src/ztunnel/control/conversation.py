@@ -71,6 +71,8 @@ class Conversation:
             raise self._failure
 
     def _fail(self, error: Exception) -> None:
+        if isinstance(error, DecodeError):
+            error = ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse")
         self._failure = self._failure or error
         self._hearing.cancel()
 
@@ -101,11 +103,8 @@ class Conversation:
                 raise ControlPlaneError(f"the control plane sent no {names} within {FIRST_ANSWER_TIMEOUT:g} s")
             if raw is None:
                 return
-            try:
-                response = await read(raw, self._client.pace)
-                raw, response = await self._client.completed(raw, response)
-            except DecodeError:
-                raise ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse") from None
+            response = await read(raw, self._client.pace)
+            raw, response = await self._client.completed(raw, response)
             heard.add(response.type_url)
             url = response.type_url
             after = lanes.after(url, removes=bool(response.removed))
@@ -125,7 +124,5 @@ class Conversation:
                     await self._stream.send(answer.SerializeToString())
                 if ours:
                     client.answered(answer)
-        except DecodeError:
-            self._fail(ControlPlaneError("the control plane sent bytes that are no DeltaDiscoveryResponse"))
         except Exception as error:
             self._fail(error)
