@@ -159,12 +159,15 @@ class DiscoveryClient:
             pace: Cuts the work of large responses.
             demand: Which addresses are subscribed to; None: all.
         """
-        self._demand = demand
-        self._needed = TYPES if demand is None else (AUTHORIZATION_TYPE,)
+        self.demand = demand
+        """Which addresses are subscribed to; None: all."""
+        self.needed = TYPES if demand is None else (AUTHORIZATION_TYPE,)
+        """Types of which a first answer is awaited."""
+        self.pace = pace or Pace()
+        """Cuts the work of large responses."""
         self._told = 0  # bytes of the opening requests
         self._untold = False  # the next stream is opened without what we hold
         self._whole: set[str] = set()  # types of which the next response lists all that there is
-        self._pace = pace or Pace()
         self._remedy = remedy
         self._dial = dial
         self._store = store
@@ -198,7 +201,7 @@ class DiscoveryClient:
         """A view for people."""
         return DiscoveryStatus(
             connected=self._connected_since is not None,
-            synced=self._in_sync,
+            synced=self.in_sync,
             connected_since=self._connected_since,
             last_update=self._last_update,
             stale_since=self._stale_since,
@@ -209,13 +212,9 @@ class DiscoveryClient:
         )
 
     @property
-    def _in_sync(self) -> bool:
-        return self._synced.issuperset(self._needed)
-
-    @property
     def in_sync(self) -> bool:
         """Connected, and both types accepted on this stream: what we hold is what the control plane says."""
-        return self._in_sync
+        return self._synced.issuperset(self.needed)
 
     async def snapshot(self) -> list[bytes]:
         """What is in force, to be kept on disk, in pieces; made in slices, from the state at one moment."""
@@ -231,7 +230,7 @@ class DiscoveryClient:
                 return pieces
             if not copied:
                 copied = True
-                self._pace.pass_over(len(self._versions[ADDRESS_TYPE]))
+                self.pace.pass_over(len(self._versions[ADDRESS_TYPE]))
             await trio.lowlevel.checkpoint()
 
     def restore(self, data: bytes, saved_at: float) -> None:
@@ -256,7 +255,7 @@ class DiscoveryClient:
     async def run(self) -> None:
         """Keep a stream open until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(settle, self._store, self._pace)
+            nursery.start_soon(settle, self._store, self.pace)
             self._settling = True
             try:
                 await self._keep_open()
@@ -331,7 +330,7 @@ class DiscoveryClient:
     async def _opening(self, url: str, *, untold: bool) -> bytes:
         """The first request of a type, with all that we hold."""
         request = discovery_pb2.DeltaDiscoveryRequest(node=self._node, type_url=url)
-        demand = self._demand if url == ADDRESS_TYPE else None
+        demand = self.demand if url == ADDRESS_TYPE else None
         if demand is not None:
             # To nothing. Source: Istio's ztunnel, on demand.
             request.resource_names_subscribe.append("*")
@@ -361,8 +360,8 @@ class DiscoveryClient:
         names: list[str] = []
         refused = await self._apply(response, names)
         await self._spread(raw, response.count)  # what is acknowledged is in force everywhere
-        if self._demand is not None:
-            self._demand.answered(names)  # who waits looks at a store that has it, in a worker too
+        if self.demand is not None:
+            self.demand.answered(names)  # who waits looks at a store that has it, in a worker too
         if refused:
             self._rejected += len(refused)
             text = "; ".join(f"{error.name}: {error.reason}" for error in refused[:MAX_NACK])
@@ -378,9 +377,9 @@ class DiscoveryClient:
         self._synced.add(url)
         if not answer.HasField("error_detail"):
             self._acknowledged.add(url)
-        if self._in_sync:
+        if self.in_sync:
             self._stale_since = None
-        if self._acknowledged.issuperset(self._needed):
+        if self._acknowledged.issuperset(self.needed):
             self.ready.set()
         self._applied()
 
@@ -403,7 +402,7 @@ class DiscoveryClient:
             return raw, response
         self._whole.discard(url)
         listed: set[str] = set()
-        slices = self._pace.begin()
+        slices = self.pace.begin()
         for item in response.resources():
             listed.add(item.name)
             if slices.due():
@@ -415,22 +414,7 @@ class DiscoveryClient:
             if slices.due():
                 await slices.rest()
         raw += gone.SerializeToString()
-        return raw, await read(raw, self._pace)
-
-    @property
-    def demand(self) -> Demand | None:
-        """Which addresses are subscribed to; None: all."""
-        return self._demand
-
-    @property
-    def needed(self) -> Sequence[str]:
-        """Types of which a first answer is awaited."""
-        return self._needed
-
-    @property
-    def pace(self) -> Pace:
-        """Cuts the work of large responses."""
-        return self._pace
+        return raw, await read(raw, self.pace)
 
     async def _take_revocations(
         self,
@@ -454,17 +438,17 @@ class DiscoveryClient:
 
     async def _apply(self, response: Response, names: list[str]) -> Sequence[RejectedResource]:
         """Put in force what is good; returns what was refused. On demand `names` gets everything that was told of."""
-        applied = await apply(self._store, response, self._pace)
+        applied = await apply(self._store, response, self.pace)
         self._metrics.xds_message(response.type_url, applied.nbytes)
         accepted = self._versions[response.type_url]
         # In force already; a name that is cancelled before its version is here will only be sent again.
-        slices = self._pace.begin()
+        slices = self.pace.begin()
         for name in applied.gone:
             accepted.pop(name, None)
             if slices.due():
                 await slices.rest()
         versions = applied.versions
-        if self._demand is not None:
+        if self.demand is not None:
             names += (*versions, *applied.gone, *applied.aliases, *(error.name for error in applied.refused))
         while versions:
             name, version = versions.popitem()
@@ -476,7 +460,7 @@ class DiscoveryClient:
         return applied.refused
 
     def _lost(self, text: str) -> None:
-        was_in_sync = self._in_sync
+        was_in_sync = self.in_sync
         self._connected_since = None
         self._synced.clear()
         self._last_error = text or None
