@@ -9,6 +9,7 @@ import trio
 
 from hbone.daemon.logs import get_logger
 from hbone.errors import ErrorCode, PeerRevokedError, StreamResetError
+from ztunnel.dataplane.plan import inbound_accounts
 from ztunnel.errors import CertificateRevoked, DataplaneError, ReceiveFailed, SendFailed, address_text
 from ztunnel.logs import INBOUND, OUTBOUND, AccessLog, AccessRecord, Parties
 from ztunnel.mesh.route import Tunnel
@@ -176,29 +177,8 @@ class Books:
         target: InboundTarget,
     ) -> Entry:
         """A stream of a peer to one of the program's ports."""
-        by_gateway = request.is_from_gateway(self._config.network)
-        source = None if by_gateway else store.workload_by_address(self._config.network, client[0])
-        baggage = request.baggage if self._config.response_baggage else None
-        parties = Parties(
-            INBOUND,
-            local,
-            hbone_authority=str(request.authority),
-            source_workload=source,
-            source_identity=peer,
-            destination_workload=workload,
-            destination_identity=workload.identity,
-            service=target.service,
-            source_baggage=baggage,
-        )
-        traffic = self.metrics.connection(
-            "destination",
-            source,
-            peer,
-            workload,
-            target.service,
-            None,
-            "mutual_tls",
-            baggage if source is None else None,
+        parties, traffic = inbound_accounts(
+            self._config, store, self.metrics, workload, client, local, peer, request, target
         )
         return Entry(self, parties, address_text(client), traffic)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from hbone.events import Headers
     from hbone.identity import SpiffeId
+    from ztunnel.config import Config
     from ztunnel.dataplane.plane import Plane
     from ztunnel.dataplane.tunnel import Tunnel as LiveTunnel
     from ztunnel.mesh.address import Address
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from ztunnel.mesh.route import Inner
     from ztunnel.mesh.store import Store
     from ztunnel.mesh.workload import Workload
-    from ztunnel.metrics import Traffic
+    from ztunnel.metrics import Metrics, Traffic
 
-__all__ = ["GatewayPlan", "InboundPlan", "Plan", "baggage_of", "plan_of"]
+__all__ = ["GatewayPlan", "InboundPlan", "Plan", "baggage_of", "inbound_accounts", "plan_of"]
 
 _ANSWERERS: Final = 64  # behind one gateway, for one service
 
@@ -155,10 +156,6 @@ class InboundPlan:
         target: InboundTarget,
     ) -> None:
         client = tunnel.address
-        # A gateway's address is not the client's, so what the client's proxy says is all there is.
-        by_gateway = request.is_from_gateway(plane.config.network)
-        source = None if by_gateway else plane.store.workload_by_address(plane.config.network, client[0])
-        baggage = request.baggage if plane.config.response_baggage else None
         self.client = address_text(client)
         self.workload = workload
         self.target = target
@@ -166,26 +163,8 @@ class InboundPlan:
         self._policies: PolicySet | None = None
         self._decision: Decision | None = None
         self.header = b"" if target.proxy_target is None else proxy_header(client, target.proxy_target, peer)
-        self.parties = Parties(
-            INBOUND,
-            local,
-            hbone_authority=str(request.authority),
-            source_workload=source,
-            source_identity=peer,
-            destination_workload=workload,
-            destination_identity=workload.identity,
-            service=target.service,
-            source_baggage=baggage,
-        )
-        self.traffic = plane.metrics.connection(
-            "destination",
-            source,
-            peer,
-            workload,
-            target.service,
-            None,
-            "mutual_tls",
-            baggage if source is None else None,
+        self.parties, self.traffic = inbound_accounts(
+            plane.config, plane.store, plane.metrics, workload, client, local, peer, request, target
         )
 
     def decide(self, store: Store) -> Decision:
@@ -196,6 +175,38 @@ class InboundPlan:
             self._policies = policies
             decision = self._decision = evaluate(policies, self.facts)
         return decision
+
+
+def inbound_accounts(
+    config: Config,
+    store: Store,
+    metrics: Metrics,
+    workload: Workload,
+    client: Address,
+    local: Address,
+    peer: SpiffeId,
+    request: ConnectRequest,
+    target: InboundTarget,
+) -> tuple[Parties, Traffic]:
+    """What a stream of a peer is logged and counted under; in a program that embeds us as in the daemon."""
+    # A gateway's address is not the client's, so what the client's proxy says is all there is.
+    by_gateway = request.is_from_gateway(config.network)
+    source = None if by_gateway else store.workload_by_address(config.network, client[0])
+    baggage = request.baggage if config.response_baggage else None
+    parties = Parties(
+        INBOUND,
+        local,
+        hbone_authority=str(request.authority),
+        source_workload=source,
+        source_identity=peer,
+        destination_workload=workload,
+        destination_identity=workload.identity,
+        service=target.service,
+        source_baggage=baggage,
+    )
+    said = baggage if source is None else None
+    traffic = metrics.connection("destination", source, peer, workload, target.service, None, "mutual_tls", said)
+    return parties, traffic
 
 
 def baggage_of(workload: Workload) -> Baggage:
