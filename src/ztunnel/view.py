@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from hbone.errors import ConfigurationError
+from hbone.trio.client import open_quiet_nursery
 from hbone.version import VERSION
 from ztunnel import dump, heap
 from ztunnel.dumpconfig import config_dump
@@ -122,23 +122,12 @@ class View:
         """
         found: dict[str, Stacks] = {}
 
-        async def own() -> None:
-            found["daemon"] = await sample(seconds, frequency)
-
         async def workers() -> None:
             found.update(await self._path.profile(seconds, frequency))
 
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(own)
-                nursery.start_soon(workers)
-        except BaseExceptionGroup as group:
-            refused: BaseException | None = group.subgroup(ConfigurationError)
-            if refused is None:
-                raise
-            while isinstance(refused, BaseExceptionGroup):
-                refused = refused.exceptions[0]
-            raise refused from None
+        async with open_quiet_nursery() as nursery:
+            nursery.start_soon(workers)
+            found["daemon"] = await sample(seconds, frequency)
         return dict(sorted(found.items()))
 
     async def heap(self) -> dict[str, dict[str, Any]]:
