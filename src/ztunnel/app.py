@@ -31,6 +31,7 @@ from ztunnel.datapath import data_path
 from ztunnel.dataplane import Reactor
 from ztunnel.dataplane.local import LocalWorkload
 from ztunnel.dumpconfig import config_dump
+from ztunnel.errors import address_text
 from ztunnel.given import Given
 from ztunnel.membership import Membership
 from ztunnel.mesh.address import parse_ip
@@ -221,7 +222,7 @@ class Daemon:
             for listener in listeners:
                 stack.push_async_callback(listener.aclose)
                 self._page_sockets.append((name, listener.socket))
-            self.view.pages[name] = _address_of(listeners[0])
+            self.view.pages[name] = _text(*listeners[0].socket.getsockname()[:2])
             pages.append((app, listeners, hosts))
         if self.state is not None:
             path = self.state.admin_socket
@@ -453,17 +454,11 @@ async def listen(host: str, port: int, what: str) -> Sequence[trio.SocketListene
         return await trio.open_tcp_listeners(port, host=None if host == "::" else host)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ConfigurationError(f"cannot listen on {_text((host, port))} for {what}: {reason}") from None
+        raise ConfigurationError(f"cannot listen on {_text(host, port)} for {what}: {reason}") from None
 
 
-def _address_of(listener: trio.SocketListener) -> str:
-    return _text(listener.socket.getsockname())
-
-
-def _text(address: Any) -> str:
-    host, port = address[0], address[1]
-    host = host.removeprefix("::ffff:")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _text(host: str, port: int) -> str:
+    return address_text((parse_ip(host), port))
 
 
 def raise_descriptor_limit() -> int:
