@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from cryptography.hazmat.primitives import serialization
 
+from ztunnel.dumpconfig import camel
 from ztunnel.jsonstream import Rows, in_order
 
 if TYPE_CHECKING:
@@ -200,8 +201,7 @@ def _match(match: Match) -> dict[str, Any]:
     for field in attrs.fields(type(match)):
         values = getattr(match, field.name)
         if values:
-            head, *rest = field.name.split("_")
-            found[head + "".join(part.title() for part in rest)] = [_value(value) for value in values]
+            found[camel(field.name)] = [_value(value) for value in values]
     return found
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from ztunnel.errors import address_text
+from ztunnel.mesh.address import parse_ip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ztunnel.config import Config
 
-__all__ = ["config_dump"]
+__all__ = ["camel", "config_dump"]
 
 
 def _duration(seconds: float) -> dict[str, int]:
@@ -84,11 +85,11 @@ def config_dump(config: Config) -> dict[str, Any]:
         if field.name in _TOGETHER or field.metadata.get("secret"):
             continue
         value = getattr(config, field.name)
-        name, form = _ITS_OWN.get(field.name, (_camel(field.name), _plain))
+        name, form = _ITS_OWN.get(field.name, (camel(field.name), _plain))
         found[name] = None if value is None else form(value)
 
     def listener(port: int, host: str = config.listen_host) -> dict[str, str]:
-        return {"SocketAddr": f"[{host}]:{port}" if ":" in host else f"{host}:{port}"}
+        return {"SocketAddr": address_text((parse_ip(host), port))}
 
     local = config.loopback_host
     return found | {
@@ -112,7 +113,8 @@ def config_dump(config: Config) -> dict[str, Any]:
     }
 
 
-def _camel(name: str) -> str:
+def camel(name: str) -> str:
+    """The name of a field as JSON has it."""
     head, *rest = name.split("_")
     return head + "".join(part.title() for part in rest)
 
