@@ -27,6 +27,7 @@ from ztunnel.control.enroll import enroll, settings
 from ztunnel.control.transport import ControlPlaneError, RootSource, ServerAddress, TokenSource, Unreachable
 from ztunnel.given import from_systemd
 from ztunnel.logscopes import read_levels
+from ztunnel.standing import timestamp
 from ztunnel.takeover import TakeOverFailed
 from ztunnel.wire.token import MAX_TOKEN_LENGTH, parse_enrolment_token
 
@@ -219,7 +220,7 @@ def _daemon(path: str) -> tuple[int, Any]:
     from ztunnel.client import DaemonAway, ask
 
     config = settings(os.environ)
-    socket_path = (config.state_dir or DEFAULT_STATE_DIR) / "admin.sock"
+    socket_path = StateDir(config.state_dir or DEFAULT_STATE_DIR).admin_socket
     try:
         code, body = ask(path, socket_path=socket_path, host=config.loopback_host, port=config.admin_port)
         return code, json.loads(body) if code == 200 else body.decode(errors="replace").strip()
@@ -282,7 +283,7 @@ def _enroll(arguments: argparse.Namespace) -> int:
         identity, offset = trio.run(_enroll_now, address, token, state, name, config)
     finally:
         state.release()
-    expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(identity.svid.expires_at.timestamp()))
+    expires = timestamp(identity.svid.expires_at.timestamp())
     print(f"{identity.svid.id} until {expires}, kept in {state.path}")
     print(_clock_text(offset))
     print(f"start it with: {_start_hint(config)}ztunnel run")

@@ -9,6 +9,7 @@ from hbone.errors import ConfigurationError
 from ztunnel import heap
 from ztunnel.pages import Page
 from ztunnel.profiler import Busy, collapsed, joined
+from ztunnel.standing import timestamp
 
 if TYPE_CHECKING:
     from ztunnel.pages import Request, Route
@@ -72,7 +73,7 @@ def debug_routes(view: DebugView) -> dict[str, Route]:
             body = pprof(stacks, seconds, frequency, time.time())
             return Page(content_type="application/octet-stream", body=body)
         used = sum(stacks.values()) / 1e6
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        when = timestamp(time.time())
         note = (
             f"{used:.2f} s of CPU time in {seconds} s ({used / seconds:.0%} of a core), sampled {frequency} times a"
             f" second until {when}. Click a function to see it alone, and all to go back."
