@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 import trio
 import trio.testing
-from tests.support.control_plane import ScriptedControlPlane, ScriptedStream
+from tests.support.control_plane import OnDemand, ScriptedStream
 
 from miniistiod.catalog import Catalog, Entry, Plan, entry
 from miniistiod.discovery import Subscriber
-from ztunnel.control.demand import Demand
-from ztunnel.control.discovery import DiscoveryClient, make_node
-from ztunnel.control.transport import TokenSource
-from ztunnel.mesh import ADDRESS_TYPE, Store, parse_ip
+from ztunnel.mesh import ADDRESS_TYPE, parse_ip
 from ztunnel.mesh.route import Plain, Tunnel, route
 from ztunnel.wire import workload_pb2
 
@@ -46,30 +43,13 @@ def service(vip: str) -> Entry:
     return entry(ADDRESS_TYPE, made, KEY, aliases=(f"/{vip}",), is_service=True, previous={})
 
 
-class NoCounters:
-    def xds_message(self, url: str, nbytes: int) -> None: ...
-
-    def xds_terminated(self, reason: str) -> None: ...
-
-
-class Bench:
+class Bench(OnDemand):
     """The client, and our server's state machine on a stream in memory."""
 
     def __init__(self, *entries: Entry) -> None:
+        super().__init__("here")
         self.catalog = Catalog()
         self.put(*entries)
-        self.control = ScriptedControlPlane()
-        self.store = Store()
-        self.demand = Demand(self.store, "")
-        node = make_node(name="w", namespace="n", ip="10.0.0.1", node_name="here", metadata={}, json_metadata={})
-        self.client = DiscoveryClient(
-            self.control.dial,
-            self.store,
-            node=node,
-            metrics=NoCounters(),
-            token=TokenSource(value="secret"),
-            demand=self.demand,
-        )
         self.stream: ScriptedStream
         self.subscriber: Subscriber
         self.asked = 0

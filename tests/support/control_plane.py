@@ -12,7 +12,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from ztunnel.control.demand import Demand
+from ztunnel.control.discovery import DiscoveryClient, make_node
 from ztunnel.control.revocation import REVOCATION_TYPE
+from ztunnel.control.transport import TokenSource
+from ztunnel.mesh import Store
+from ztunnel.metrics import Metrics
 from ztunnel.wire import ca_pb2, discovery_pb2
 
 if TYPE_CHECKING:
@@ -218,3 +223,25 @@ class ScriptedControlPlane:
             return ca_pb2.IstioCertificateResponse(cert_chain=[leaf, authority.root_pem]).SerializeToString()
 
         self.on_unary = sign
+
+
+class OnDemand:
+    """A discovery client that asks a scripted control plane for addresses when it needs them.
+
+    Args:
+        node_name: Where it says that it runs.
+    """
+
+    def __init__(self, node_name: str = "") -> None:
+        self.control = ScriptedControlPlane()
+        self.store = Store()
+        self.demand = Demand(self.store, "")
+        node = make_node(name="w", namespace="n", ip="10.0.0.1", node_name=node_name, metadata={}, json_metadata={})
+        self.client = DiscoveryClient(
+            self.control.dial,
+            self.store,
+            node=node,
+            metrics=Metrics(),
+            token=TokenSource(value="secret"),
+            demand=self.demand,
+        )

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 import trio.testing
-from tests.support.control_plane import ScriptedControlPlane, ScriptedStream
+from tests.support.control_plane import OnDemand, ScriptedStream
 
 from hbone.grpc import GrpcError, StatusCode
 from ztunnel.control import demand as demand_module
 from ztunnel.control.demand import ANSWER_TIMEOUT, Demand
-from ztunnel.control.discovery import DiscoveryClient, make_node
-from ztunnel.control.transport import TokenSource
 from ztunnel.errors import DiscoveryTooSlow
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE, Store, parse_ip
 from ztunnel.wire import discovery_pb2, workload_pb2
@@ -30,27 +28,7 @@ def address(uid: str = WEB, ip: str = "10.0.0.7") -> bytes:
     return workload_pb2.Address(workload=made).SerializeToString()
 
 
-class NoCounters:
-    def xds_message(self, url: str, nbytes: int) -> None: ...
-
-    def xds_terminated(self, reason: str) -> None: ...
-
-
-class Bench:
-    def __init__(self) -> None:
-        self.control = ScriptedControlPlane()
-        self.store = Store()
-        self.demand = Demand(self.store, "")
-        node = make_node(name="w", namespace="n", ip="10.0.0.1", node_name="", metadata={}, json_metadata={})
-        self.client = DiscoveryClient(
-            self.control.dial,
-            self.store,
-            node=node,
-            metrics=NoCounters(),
-            token=TokenSource(value="secret"),
-            demand=self.demand,
-        )
-
+class Bench(OnDemand):
     async def open(self) -> ScriptedStream:
         """A stream on which the policies are known."""
         stream = await self.control.next_stream()
