@@ -168,9 +168,9 @@ def test_marks_and_documents_are_remembered(tmp_path: Path) -> None:
     with new(tmp_path) as store:
         store.mark("shop", "a", "orders", "node-1", T)
         store.mark("shop", "a", "orders", "node-2", T)
-        store.keep_documents({"a.yaml": "1", "b.yaml": "2"}, {("shop", "h"): 7}, seen, T)
-        store.keep_documents({"a.yaml": "3"}, {("shop", "g"): 7}, seen[1:], T + 9)
-        store.keep_documents({"a.yaml": "3"}, {("shop", "g"): 7}, seen, T + 10)
+        store.change_documents({"a.yaml": "1", "b.yaml": "2"}, {("shop", "h"): 7}, dict.fromkeys(seen, NOW))
+        store.change_documents({"a.yaml": "3", "b.yaml": None}, {("shop", "g"): 7}, {seen[0]: None})
+        store.change_documents({}, None, {seen[0]: NOW + datetime.timedelta(seconds=10)})
     with Store.open(tmp_path / "state") as store:
         assert store.marks() == {("shop", "a"): HboneMark(service_account="orders", node="node-2")}
         assert store.documents() == {"a.yaml": "3"}
@@ -180,9 +180,9 @@ def test_marks_and_documents_are_remembered(tmp_path: Path) -> None:
 
 def test_a_set_of_documents_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
     with new(tmp_path) as store:
-        store.keep_documents({"a.yaml": "1"}, {("shop", "h"): 7}, [], T)
+        store.change_documents({"a.yaml": "1"}, {("shop", "h"): 7}, {})
         with pytest.raises(sqlite3.IntegrityError):
-            store.keep_documents({"a.yaml": "2"}, {("shop", "h"): 7, ("shop", "i"): 7}, [], T)
+            store.change_documents({"a.yaml": "2"}, {("shop", "h"): 7, ("shop", "i"): 7}, {})
         assert store.documents() == {"a.yaml": "1"}
         assert store.vips() == {("shop", "h"): 7}
 

@@ -11,7 +11,7 @@ from miniistiod.store.records import Registration, StaleAuthorityError
 from miniistiod.store.tokens import TokenState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["MeshState"]
 
@@ -52,36 +52,6 @@ class MeshState(TokenState):
     def documents(self) -> dict[str, str]:
         """The last good set of documents, path to text."""
         return {row[0]: row[1] for row in self._rows("SELECT path, text FROM documents")}
-
-    def keep_documents(
-        self,
-        files: Mapping[str, str],
-        vips: Mapping[tuple[str, str], int],
-        seen: Iterable[tuple[str, str, str]],
-        now: float,
-    ) -> None:
-        """Remember a good set of documents with what was decided for it, all or nothing."""
-        with self._transaction() as connection:
-            before = dict(connection.execute("SELECT path, text FROM documents"))
-            connection.executemany(
-                "DELETE FROM documents WHERE path = ?", [(path,) for path in before if path not in files]
-            )
-            connection.executemany(
-                "INSERT OR REPLACE INTO documents VALUES (?, ?)",
-                [(path, text) for path, text in files.items() if before.get(path) != text],
-            )
-            connection.execute("DELETE FROM vips")
-            connection.executemany(
-                "INSERT INTO vips VALUES (?, ?, ?)", [(*key, number) for key, number in vips.items()]
-            )
-            wanted = set(seen)
-            known = set(connection.execute("SELECT kind, namespace, name FROM first_seen"))
-            connection.executemany(
-                "DELETE FROM first_seen WHERE kind = ? AND namespace = ? AND name = ?", sorted(known - wanted)
-            )
-            connection.executemany(
-                "INSERT INTO first_seen VALUES (?, ?, ?, ?)", [(*key, now) for key in sorted(wanted - known)]
-            )
 
     def change_documents(
         self,
