@@ -258,7 +258,7 @@ def _issuer(data: Any, where: str, directory: Path) -> Issuer:
     return Issuer(
         issuer=issuer,
         audiences=frozenset(audiences),
-        keys=_usable(Jwks(source, ca_file), ca_file, where),
+        keys=_keys(source, ca_file, where),
         namespace=mapped[0],
         service_account=mapped[1],
         namespaces=frozenset(_texts(fields, "namespaces", where)),
@@ -268,10 +268,11 @@ def _issuer(data: Any, where: str, directory: Path) -> Issuer:
 _NAMES = ("namespace", "serviceAccount")
 
 
-def _usable(keys: Jwks, ca_file: Path | None, where: str) -> Jwks:
+def _keys(source: Path | str | Discovered, ca_file: Path | None, where: str) -> Jwks:
     """A file that cannot be read is told at the start; a server may come up later."""
+    keys = Jwks(source, ca_file)
     try:
-        if isinstance(keys._source, Path):
+        if isinstance(source, Path):
             keys.keys(None)
         if ca_file is not None:
             ssl.create_default_context(cafile=str(ca_file))
