@@ -87,7 +87,7 @@ class CertificateService:
             if identity.trust_domain != caller.identity.trust_domain or identity.namespace is None:
                 why = f"{identity} is not a workload of {caller.identity.trust_domain}"
             elif caller.node:
-                if (identity.namespace, identity.service_account) in accounts_on(self._mesh.snapshot, caller.node):
+                if (identity.namespace, identity.service_account) in accounts_on(self._mesh.catalog, caller.node):
                     return identity
                 why = f"no workload of that identity is on the node {caller.node!r}"
         raise self._callers.refused(

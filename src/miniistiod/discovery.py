@@ -359,7 +359,7 @@ class World:
 class _WorldType:
     url: str
     names: frozenset[str]
-    """None: everything."""
+    """None, or `*` among them: everything."""
     number: int = -1
     nonce: str = ""
     acknowledged: str = ""

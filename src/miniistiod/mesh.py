@@ -102,11 +102,6 @@ class Mesh:
         self.status = Status(since=time.time())
         self.fingerprint: watch.Fingerprint | None = None
 
-    @property
-    def snapshot(self) -> Catalog:
-        """The mesh as it is sent, now."""
-        return self.catalog
-
     # -- documents
 
     async def restore(self) -> None:

@@ -47,7 +47,7 @@ async def on_a_node(tmp_path: Path) -> None:
 async def test_identities_of_its_own_node_are_granted(tmp_path: Path) -> None:
     await on_a_node(tmp_path)
     async with control_plane(tmp_path) as cp:
-        assert accounts_on(cp.mesh.snapshot, "node-1") == {("shop", "orders")}
+        assert accounts_on(cp.mesh.catalog, "node-1") == {("shop", "orders")}
         identity = await certificate(cp, proxy_token(cp), impersonate=ORDERS)
         assert str(identity.id) == ORDERS
         (listed,) = cp.store.certificates(0.0)
