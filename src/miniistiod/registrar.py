@@ -25,7 +25,7 @@ from miniistiod import auth
 from miniistiod.resources import WorkloadEntry, WorkloadGroup
 from miniistiod.resources.metadata import is_object_name
 from miniistiod.resources.model import Metadata
-from miniistiod.resources.networking import NODE_ANNOTATION, REDIRECTION_ANNOTATION, TUNNEL_LABEL
+from miniistiod.resources.networking import GROUP_ANNOTATION, NODE_ANNOTATION, REDIRECTION_ANNOTATION, TUNNEL_LABEL
 from miniistiod.store import Registration, StaleAuthorityError
 from miniistiod.workloads import entry_uid
 
@@ -51,7 +51,6 @@ _PLACEHOLDER = "1.1.1.1"
 _LABEL = re.compile(r"(?:[a-z0-9][-a-z0-9.]{0,251}[a-z0-9]/)?[A-Za-z0-9](?:[-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?")
 _NETWORK = re.compile(r"[A-Za-z0-9][-_.A-Za-z0-9]{0,252}")
 _VALUE = re.compile(r"(?:[A-Za-z0-9](?:[-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?)?")
-_GROUP_ANNOTATION = "istio.io/autoRegistrationGroup"
 _ATTEMPTS = 5
 
 
@@ -154,7 +153,7 @@ def entry_of(registration: Registration, group: WorkloadGroup) -> WorkloadEntry:
         REDIRECTION_ANNOTATION: "enabled",  # it runs a ztunnel, or it could not be connected
         **({NODE_ANNOTATION: registration.node} if registration.node else {}),
         **group.annotations,
-        _GROUP_ANNOTATION: registration.group,
+        GROUP_ANNOTATION: registration.group,
     }
     if TUNNEL_LABEL in group.labels and REDIRECTION_ANNOTATION not in group.annotations:
         del annotations[REDIRECTION_ANNOTATION]  # the group says itself how they are reached

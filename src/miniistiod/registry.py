@@ -34,6 +34,7 @@ from miniistiod.resources.model import (
     Visibility,
     WorkloadEntry,
 )
+from miniistiod.resources.networking import NETWORK_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HboneMark", "Inputs", "Registry", "ServiceModel", "convert"]
 
-NETWORK_LABEL = "topology.istio.io/network"
 _LAST = datetime.datetime.max.replace(tzinfo=datetime.UTC)
 
 
@@ -283,9 +283,7 @@ class Registry:
         """Whether a service is the one that is meant by its host in other namespaces."""
         same = [self.services[name] for name in self._hosts[model.host]]
         seen = [item for item in same if item.visibility is Visibility.PUBLIC]
-        first = min(
-            seen, key=lambda item: (isinstance(item.source, ServiceEntry), *self._age(item.source)), default=None
-        )
+        first = min(seen, key=lambda item: self._rank(item.source), default=None)
         return first is not None and first.name == model.name
 
     def visibility(self, item: ServiceEntry | KubernetesService) -> Visibility:
@@ -337,17 +335,20 @@ class Registry:
         """The waypoints of an object. `user` is made again when one of them changes."""
         found = bind(meta.namespace, labels, meta.annotations, traffic, self.documents, **more)
         if found.asked:
-            self._asked[user] = tuple(dict.fromkeys((*self._asked.get(user, ()), *found.asked)))
-            for place in found.asked:
-                self._users.setdefault(place, {})[user] = None
+            self._depend(user, found.asked)
         return found
 
     def instance(self, meta: Metadata, labels: Mapping[str, str]) -> None:
         """Note that a workload is an instance of a waypoint, and changes with its Gateway."""
         place = instance_of(meta, labels)
         if place is not None:
-            self._asked[meta.key] = (*self._asked.get(meta.key, ()), place)
-            self._users.setdefault(place, {})[meta.key] = None
+            self._depend(meta.key, (place,))
+
+    def _depend(self, user: Key, places: Iterable[tuple[str, str]]) -> None:
+        """Note that something is made again when these Gateways change."""
+        self._asked[user] = tuple(dict.fromkeys((*self._asked.get(user, ()), *places)))
+        for place in places:
+            self._users.setdefault(place, {})[user] = None
 
     # -- making
 

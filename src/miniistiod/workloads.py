@@ -17,7 +17,13 @@ from miniistiod.resources.binding import (
     is_waypoint_instance,
 )
 from miniistiod.resources.model import Endpoint, KubernetesService, Resolution, ServicePort
-from miniistiod.resources.networking import NODE_ANNOTATION, REDIRECTION_ANNOTATION, TUNNEL_LABEL
+from miniistiod.resources.networking import (
+    GROUP_ANNOTATION,
+    NETWORK_LABEL,
+    NODE_ANNOTATION,
+    REDIRECTION_ANNOTATION,
+    TUNNEL_LABEL,
+)
 from ztunnel.wire import workload_pb2 as pb
 
 if TYPE_CHECKING:
@@ -28,9 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["encode", "entry_uid", "gateway_address", "of_entry", "of_gateways", "of_service_entry", "of_slice", "ways"]
 
-_GROUP_ANNOTATION = "istio.io/autoRegistrationGroup"
 _ACCOUNT_ANNOTATION = "gateway.istio.io/service-account"
-_NETWORK_LABEL = "topology.istio.io/network"
 _BY_NAME = (Resolution.DNS, Resolution.DNS_ROUND_ROBIN, Resolution.DYNAMIC_DNS)
 
 
@@ -167,7 +171,7 @@ def of_gateways(registry: Registry) -> Iterator[pb.Workload]:
 
 def _remote(gateway: Gateway) -> tuple[str | None, int]:
     """The network that a Gateway leads to, and the port of it; None when it leads to none."""
-    network = gateway.meta.labels.get(_NETWORK_LABEL)
+    network = gateway.meta.labels.get(NETWORK_LABEL)
     port = next((item.port for item in gateway.listeners if item.protocol == "HBONE"), None)
     if gateway.class_name != REMOTE_CLASS or not network or port is None:
         return None, 0
@@ -206,7 +210,7 @@ def _trust_domain(registry: Registry) -> str:
 def _workload(
     registry: Registry, meta: Metadata, labels: Mapping[str, str], endpoint: Endpoint, uid: str
 ) -> pb.Workload:
-    name = meta.annotations.get(_GROUP_ANNOTATION) or labels.get("service.istio.io/workload-name") or meta.name
+    name = meta.annotations.get(GROUP_ANNOTATION) or labels.get("service.istio.io/workload-name") or meta.name
     if meta.kind == "ServiceEntry":
         name = meta.name
     message = pb.Workload(

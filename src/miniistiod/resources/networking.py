@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from miniistiod.resources.reader import IpAddress, IpNetwork, Reader
 
 __all__ = [
+    "GROUP_ANNOTATION",
     "MAX_ENDPOINTS",
     "MAX_LIST",
+    "NETWORK_LABEL",
     "NODE_ANNOTATION",
     "REDIRECTION_ANNOTATION",
     "TRAFFIC_DISTRIBUTION",
@@ -31,6 +33,8 @@ __all__ = [
     "workload_group",
 ]
 
+NETWORK_LABEL = "topology.istio.io/network"
+GROUP_ANNOTATION = "istio.io/autoRegistrationGroup"
 TUNNEL_LABEL = "networking.istio.io/tunnel"
 REDIRECTION_ANNOTATION = "ambient.istio.io/redirection"
 NODE_ANNOTATION = "miniistiod/node"
