@@ -37,10 +37,12 @@ if TYPE_CHECKING:
 
     from ztunnel.mesh.address import Address, IpAddress
 
-__all__ = ["DEFAULT_ROOT", "DEFAULT_STATE_DIR", "Config", "Variable", "WorkloadInfo"]
+__all__ = ["DEFAULT_ROOT", "DEFAULT_STATE_DIR", "NO_ADDRESS", "Config", "Variable", "WorkloadInfo"]
 
 DEFAULT_STATE_DIR = Path("/var/lib/ztunnel")
 DEFAULT_ROOT = "./var/run/secrets/istio/root-cert.pem"
+NO_ADDRESS = "1.1.1.1"
+"""INSTANCE_IP where none is set. Source: Istio's ztunnel."""
 
 
 @attrs.frozen
@@ -283,7 +285,7 @@ class Config:
     pod_name: str = setting("", env="POD_NAME", meaning="the proxy's own name, told to discovery")
     service_account: str = setting("", env="SERVICE_ACCOUNT", meaning="the proxy's own service account, for dumps")
     trust_domain: str = setting("cluster.local", env="TRUST_DOMAIN", meaning="the proxy's own trust domain, for dumps")
-    instance_ip: str = setting("1.1.1.1", env="INSTANCE_IP", meaning="this host's address, told to discovery")
+    instance_ip: str = setting(NO_ADDRESS, env="INSTANCE_IP", meaning="this host's address, told to discovery")
     log_format: str = setting(
         "auto",
         env="LOG_FORMAT",

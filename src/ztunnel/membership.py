@@ -14,10 +14,11 @@ import trio
 from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
 from ztunnel import standing
+from ztunnel.config import DEFAULT_ROOT, NO_ADDRESS
 from ztunnel.control.ca import CaClient
 from ztunnel.control.cache import CacheWriter
 from ztunnel.control.demand import Demand
-from ztunnel.control.discovery import DiscoveryClient, make_node
+from ztunnel.control.discovery import DiscoveryClient, make_node, nobody_else
 from ztunnel.control.pace import Pace
 from ztunnel.control.revocation import Revocations
 from ztunnel.control.svids import SvidManager
@@ -38,18 +39,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Membership"]
 
-ROOT = Path("./var/run/secrets/istio/root-cert.pem")
 TOKEN = Path("./var/run/secrets/tokens/istio-token")
-NO_ADDRESS = "1.1.1.1"
-"""INSTANCE_IP where none is set. Source: Istio's ztunnel."""
 CATCH_UP = 1.0
 """Seconds that a start from the disk waits for the control plane, so that it seldom begins with an old picture."""
 
 log = get_logger("ztunnel.membership")
-
-
-async def _nobody_else(_: bytes, __: int) -> None:
-    """No other process has a store."""
 
 
 class Membership:
@@ -94,7 +88,7 @@ class Membership:
         """The local file, where there is one."""
         self.local = self._read_local()
         """What it describes."""
-        self.spread: Callable[[bytes, int], Awaitable[None]] = _nobody_else
+        self.spread: Callable[[bytes, int], Awaitable[None]] = nobody_else
         """Gets each response of discovery that was applied, and the number of its resources, before it is acknowledged.
         """
         self.revocations = Revocations(config.crl_path, state if check_revocations else None)
@@ -126,7 +120,7 @@ class Membership:
 
     def _roots(self, setting: str, variable: str) -> RootSource:
         extra = self.state.roots_pem if self.state is not None else lambda: None
-        return RootSource(setting, default=ROOT, variable=variable, extra=extra)
+        return RootSource(setting, default=Path(DEFAULT_ROOT), variable=variable, extra=extra)
 
     def _ca(self, token: TokenSource | None) -> CertificateAuthority:
         config = self.config

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ztunnel.control.transport import Dial, MessageStream, TokenSource
     from ztunnel.mesh import RejectedResource, Store
 
-__all__ = ["DELTA", "DiscoveryClient", "DiscoveryMetrics", "DiscoveryStatus", "make_node"]
+__all__ = ["DELTA", "DiscoveryClient", "DiscoveryMetrics", "DiscoveryStatus", "make_node", "nobody_else"]
 
 DELTA = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 
@@ -112,7 +112,7 @@ class RevocationSink(Protocol):
         ...
 
 
-async def _nobody_else(_: bytes, __: int) -> None:
+async def nobody_else(_: bytes, __: int) -> None:
     """Nobody else has a store of the same mesh."""
 
 
@@ -131,7 +131,7 @@ class DiscoveryClient:
         cluster_id: str = "Kubernetes",
         headers: Sequence[tuple[str, str]] = (),
         applied: Callable[[], None] = lambda: None,
-        spread: Callable[[bytes, int], Awaitable[None]] = _nobody_else,
+        spread: Callable[[bytes, int], Awaitable[None]] = nobody_else,
         revocations: RevocationSink | None = None,
         wall: Callable[[], float] = time.time,
         rng: random.Random | None = None,
