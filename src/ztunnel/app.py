@@ -438,8 +438,6 @@ def given_listeners(given: Given, host: str, port: int, what: str) -> list[trio.
     found = given.take(what, (parse_ip(host), port))
     if host == "::":
         found += given.take(what, (parse_ip("0.0.0.0"), port))
-    for sock in found:
-        sock.setblocking(False)
     return [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in found]
 
 

@@ -61,7 +61,7 @@ class Given:
         self._strict = strict
 
     def take(self, what: str, address: Address, kind: socket.SocketKind = socket.SOCK_STREAM) -> list[socket.socket]:
-        """Every socket for this purpose, now the caller's to close; none when there is none.
+        """Every socket for this purpose, not blocking, now the caller's to close; none when there is none.
 
         Args:
             what: the purpose.
@@ -77,6 +77,7 @@ class Given:
                 raise ConfigurationError(
                     f"the socket given for {what} is {address_text(given.address)}; it must be a loopback address"
                 )
+            given.sock.setblocking(False)
             self._left.remove(given)
         return [given.sock for given in taken]
 
@@ -162,7 +163,6 @@ def _adopt(fd: int, name: str) -> socket.socket:
             f"descriptor {fd} ({name}) of LISTEN_FDS is no listening socket ({error.strerror}); give ztunnel what a"
             " socket unit with ListenStream= or ListenDatagram= and Accept=no gives"
         ) from None
-    sock.setblocking(False)
     return sock
 
 

@@ -227,8 +227,6 @@ class DnsProxy:
                 f"of the DNS proxy's sockets on {address_text(address)} only one was given; give one for UDP"
                 " (ListenDatagram=) and one for TCP (ListenStream=)"
             )
-        for sock in (*datagrams, *listeners):
-            sock.setblocking(False)
         if address[0].is_unspecified:
             for sock in datagrams:
                 _tell_destinations(sock, address[0])
