@@ -74,7 +74,7 @@ def _revoke(arguments: argparse.Namespace) -> int:
                 f"there is nothing left to revoke of the {what}; 'miniistiod get certificates' shows what was issued",
                 code=ExitCode.NO,
             )
-        crl = revocation.publish(store, store.signers(), now) if store.plugged() is None else None
+        crl = revocation.publish_own(store, now)
     if arguments.json:
         show(json.dumps({**attrs.asdict(found), "crl": None if crl is None else crl.number}))
         return ExitCode.DONE
@@ -307,8 +307,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     stamp = when(now).replace("-", "").replace(":", "")
     done = restore(arguments.state, arguments.file, now, stamp)
     with Store.open(arguments.state) as store:
-        if store.plugged() is None:
-            revocation.publish(store, store.signers(), now)
+        revocation.publish_own(store, now)
     say(f"restored the state of {done.trust_domain!r}; {done.tokens} tokens became void, so make new ones")
     if done.saved is not None:
         say(f"the state of before is kept in {done.saved}")

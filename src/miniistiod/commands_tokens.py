@@ -201,8 +201,7 @@ def _token_revoke(arguments: argparse.Namespace) -> int:
             )
         if arguments.certificates:
             found = store.revoke(now, token=arguments.id)
-            if store.plugged() is None:
-                revocation.publish(store, store.signers(), now)
+            revocation.publish_own(store, now)
             say(f"{arguments.id} is revoked, and {counted(len(found.certificates), 'certificate')} that it got")
             return ExitCode.DONE
         store.revoke_token(arguments.id, now)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from miniistiod.store import Store
 
-__all__ = ["NAME", "REVOCATIONS", "RevocationFeed", "publish", "signs_lists"]
+__all__ = ["NAME", "REVOCATIONS", "RevocationFeed", "publish", "publish_own", "signs_lists"]
 
 REVOCATIONS = "type.googleapis.com/hbone.v1.RevocationLists"
 NAME = "mesh"
@@ -68,6 +68,11 @@ def publish(store: Store, signers: Iterable[ca.Signer], now: float, more: str = 
         if store.keep_crl(crl):
             return crl
     return None
+
+
+def publish_own(store: Store, now: float) -> Crl | None:
+    """As `publish`, by the keys of the state. None, too, where a CA in files signs: the control plane has its key."""
+    return publish(store, store.signers(), now) if store.plugged() is None else None
 
 
 @attrs.define(kw_only=True)
