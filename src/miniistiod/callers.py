@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import trio
+from google.protobuf.message import DecodeError, Message
 
 from hbone.daemon.logs import get_logger
 from hbone.grpc import GrpcError, StatusCode
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from hbone.identity import SpiffeId
     from miniistiod.metrics import Metrics
 
-__all__ = ["Call", "Callers", "host_of", "remote_of"]
+__all__ = ["Call", "Callers", "host_of", "parse", "remote_of"]
 
+_Message = TypeVar("_Message", bound=Message)
 _log = get_logger("miniistiod.api")
 
 
@@ -125,3 +127,13 @@ def host_of(call: Call) -> str:
     """Address of the caller."""
     address = call.remote_address
     return str(address[0]) if isinstance(address, tuple) and address else str(address)
+
+
+def parse(kind: type[_Message], data: bytes | None) -> _Message:
+    """A message of a call; raises GrpcError when there is none, or it is not of that kind."""
+    if data is None:
+        raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended without a message")
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise GrpcError(StatusCode.INVALID_ARGUMENT, "the message cannot be parsed") from None

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import trio
-from google.protobuf.message import DecodeError
 
 from hbone.daemon.logs import get_logger
 from hbone.errors import IdentityError
 from hbone.grpc import GrpcError, StatusCode
 from hbone.identity import SpiffeId
 from miniistiod import auth, ca
-from miniistiod.callers import remote_of
+from miniistiod.callers import parse, remote_of
 from ztunnel.wire import ca_pb2, workload_pb2
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class CertificateService:
     async def create(self, call: Call) -> None:
         """Sign a certificate for the identity that the caller has shown to be, or may ask for as a node's proxy."""
         self._metrics.requests.inc()
-        request = _parse(await call.receive(MAX_REQUEST))
+        request = parse(ca_pb2.IstioCertificateRequest, await call.receive(MAX_REQUEST))
         self._callers.limit_anonymous(call)
         # Who is not believed hears nothing of the request; and all of it is judged before a token is spent on it.
         caller = await self._callers.for_certificate(call, None)
@@ -100,19 +99,10 @@ class CertificateService:
         )
 
 
-def accounts_on(snapshot: Catalog, node: str) -> set[tuple[str, str]]:
+def accounts_on(catalog: Catalog, node: str) -> set[tuple[str, str]]:
     """Namespace and service account of the workloads that are registered on a node."""
     found = set()
-    for name in snapshot.by_node.get(node, ()):
-        workload = workload_pb2.Address.FromString(snapshot.addresses[name].body).workload
+    for name in catalog.by_node.get(node, ()):
+        workload = workload_pb2.Address.FromString(catalog.addresses[name].body).workload
         found.add((workload.namespace, workload.service_account or "default"))
     return found
-
-
-def _parse(data: bytes | None) -> ca_pb2.IstioCertificateRequest:
-    if data is None:
-        raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended without a message")
-    try:
-        return ca_pb2.IstioCertificateRequest.FromString(data)
-    except DecodeError:
-        raise GrpcError(StatusCode.INVALID_ARGUMENT, "the message cannot be parsed") from None

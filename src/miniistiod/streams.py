@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 import trio
-from google.protobuf.message import DecodeError
 
 from hbone.daemon.logs import get_logger
 from hbone.grpc import GrpcError, StatusCode
 from miniistiod import auth
-from miniistiod.callers import host_of, remote_of
+from miniistiod.callers import host_of, parse, remote_of
 from miniistiod.discovery import (
     ADDRESS,
     AUTHORIZATION,
@@ -110,7 +109,7 @@ class Discovery:
             raise GrpcError(StatusCode.UNAVAILABLE, "server is not ready to serve discovery information")
         with trio.move_on_after(FIRST_REQUEST_SECONDS) as waiting:
             # The caller is known by now, so what it may send is what it may need.
-            first = _parse(kind, await call.receive(MAX_REQUEST))
+            first = parse(kind, await call.receive(MAX_REQUEST))
         if waiting.cancelled_caught:
             raise GrpcError(StatusCode.DEADLINE_EXCEEDED, f"no request within {FIRST_REQUEST_SECONDS:g} seconds")
         node = self._node(first, caller, call)
@@ -211,7 +210,7 @@ class Discovery:
                 self._take(stream, request)
                 stream.wake.set()
                 data = await call.receive(MAX_REQUEST)
-                request = None if data is None else _parse(type(first), data)
+                request = None if data is None else parse(type(first), data)
         except GrpcError as error:
             stream.failure = error
         except TooManyNamesError as error:
@@ -271,15 +270,6 @@ def _news(stream: _Stream) -> None:
             if not stream.ready:
                 return
     stream.wake.set()
-
-
-def _parse(kind: Any, data: bytes | None) -> Any:
-    if data is None:
-        raise GrpcError(StatusCode.INVALID_ARGUMENT, "the call ended without a message")
-    try:
-        return kind.FromString(data)
-    except DecodeError:
-        raise GrpcError(StatusCode.INVALID_ARGUMENT, "the message cannot be parsed") from None
 
 
 def _short(type_url: str) -> str:
