@@ -30,7 +30,10 @@ from bench.run import progress
 from hbone.tls import TlsContext
 from hbone.trio.grpc import GrpcClient
 from miniistiod import issue_tokens
+from miniistiod.catalog import ADDRESS, AUTHORIZATION
 from miniistiod.store import Store
+from miniistiod.streams import DELTA
+from miniistiod.workloads import entry_uid
 from ztunnel.wire import discovery_pb2 as pb
 
 if TYPE_CHECKING:
@@ -41,9 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["FULL", "QUICK", "Figures", "Scale", "growth", "measure", "run", "table"]
 
 RESULTS = Path(__file__).parent / "results" / "control-plane.json"
-DELTA = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
-ADDRESS = "type.googleapis.com/istio.workload.Address"
-AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
 NAMESPACE = "shop"
 PER_FILE = 100
 """Workloads in a document file."""
@@ -120,7 +120,7 @@ def address_of(number: int) -> str:
 
 def uid(name: str) -> str:
     """A workload's resource name."""
-    return f"Kubernetes/networking.istio.io/WorkloadEntry/{NAMESPACE}/{name}"
+    return entry_uid("Kubernetes", NAMESPACE, name)
 
 
 def write_documents(directory: Path, count: int) -> None:
