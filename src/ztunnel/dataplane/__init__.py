@@ -244,6 +244,7 @@ class Dataplane:
             or self.inbound.waiting
             or self.inbound.room.count
             or self.inbound.tunnels
+            or self.reactor.farewells
         )
 
     def close(self) -> None:

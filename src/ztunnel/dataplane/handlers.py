@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["Closable", "Flushable", "Handler", "Poller", "Swept"]
+__all__ = ["Closable", "Farewell", "Flushable", "Handler", "Poller", "Swept"]
 
 
 class Handler(Protocol):
@@ -32,6 +32,13 @@ class Swept(Protocol):
 
     def on_time(self, now: float) -> None:
         """Do what is due."""
+
+
+class Farewell(Swept, Protocol):
+    """A connection that is over, but for what the other end does not have yet."""
+
+    def close(self) -> None:
+        """Wait no longer."""
 
 
 class Poller(Protocol):

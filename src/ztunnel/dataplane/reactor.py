@@ -31,7 +31,7 @@ from hbone.daemon.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from ztunnel.dataplane.handlers import Closable, Flushable, Handler, Poller, Swept
+    from ztunnel.dataplane.handlers import Closable, Farewell, Flushable, Handler, Poller, Swept
 
 __all__ = ["GONE", "READ", "READ_WRITE", "WRITE", "Reactor", "Timer"]
 
@@ -87,6 +87,8 @@ class Reactor:
         self.handlers: dict[int, Handler] = {}
         self.dirty: list[Flushable] = []
         """Flushed at the end of the turn; whoever appends itself keeps a flag to do so once."""
+        self.farewells: dict[Farewell, None] = {}
+        """Sockets that are closed when all that was written to them was delivered."""
         self.stopping = False
         """Trio's main is done; no task can be started any more."""
         self._later: list[Callable[[], object]] = []
@@ -427,6 +429,8 @@ class Reactor:
             return
         self._disposed = True
         self.stopping = True
+        for farewell in list(self.farewells):
+            farewell.close()
         self._close_all()
         self.handlers.clear()
         if self._wake_fd is not None:

@@ -13,7 +13,7 @@ How one end's close reaches the other:
 | FIN from the app | END_STREAM |
 | END_STREAM | FIN to the app, once all was written |
 | RST from the app | RST_STREAM(CONNECT_ERROR) |
-| RST_STREAM with a code of `ENDS` | as END_STREAM, and the socket closes once all was written |
+| RST_STREAM with a code of `ENDS` | as END_STREAM, and the socket closes once all was delivered |
 | RST_STREAM with another code; the tunnel was lost | RST to the app, so that it takes nothing cut for complete |
 """
 
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hbone.errors import ErrorCode
 from hbone.tls import IoBuffer
+from ztunnel.dataplane.farewell import close_when_delivered
 from ztunnel.dataplane.reactor import READ, READ_WRITE, WRITE
 from ztunnel.dataplane.sockets import DONTWAIT
 
@@ -353,9 +354,12 @@ class Relay:
         self.closed = True
         self._readable = False
         self._queue.clear()
-        if reset:
-            self._calls.reset_on_close(self.sock)
-        self._reactor.close(self.sock)
+        if self._last and not reset:
+            close_when_delivered(self._reactor, self._calls, self.sock)
+        else:
+            if reset:
+                self._calls.reset_on_close(self.sock)
+            self._reactor.close(self.sock)
         owner = self._owner
         self._owner = self._far = _NOBODY
         owner.relay_ended(self, error)

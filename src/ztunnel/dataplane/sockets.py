@@ -8,10 +8,12 @@ Options that a connection inherits from its listener are set there, once.
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import os
 import socket
 import struct
+import termios
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Protocol
 
@@ -283,6 +285,14 @@ class SocketCalls:
         """How a connect ended, or why the connection did; None when it is well."""
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return OSError(code, os.strerror(code)) if code else None
+
+    def unsent(self, sock: StreamSocket) -> int:
+        """Bytes written, FIN included, that the other end's kernel has not confirmed."""
+        try:
+            waiting: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+        except (OSError, ValueError):  # no socket of the kernel's
+            return 0
+        return waiting
 
     def reset_on_close(self, sock: StreamSocket) -> None:
         """Let `close` send RST and drop what was not sent, so that a cut stream is not taken for a complete one."""

@@ -29,6 +29,7 @@ from hbone.events import (
     TransportEnded,
 )
 from hbone.tls import IoBuffer
+from ztunnel.dataplane.farewell import close_when_delivered
 from ztunnel.dataplane.reactor import GONE, READ_WRITE, WRITE
 from ztunnel.dataplane.sockets import DONTWAIT
 from ztunnel.dataplane.stream import StreamEnd, StreamUser
@@ -488,10 +489,13 @@ class Tunnel:
         if self.closed:
             return
         self.closed = True
-        self._pending.clear()
         self._waiting.clear()
         self.reactor.unsweep(self)
-        self.reactor.close(self._sock)
+        if error is None and not self._pending:
+            close_when_delivered(self.reactor, self._calls, self._sock)
+        else:
+            self._pending.clear()
+            self.reactor.close(self._sock)
         self.engine.connection_lost()
         streams = list(self.streams.values())
         self.streams.clear()

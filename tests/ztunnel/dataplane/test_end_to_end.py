@@ -432,6 +432,33 @@ async def test_a_drain_lets_open_connections_finish_and_takes_no_new_ones(pair: 
     await pair.settle(lambda: not pair.client.plane.dialer.tunnels)
 
 
+async def test_a_drained_tunnel_delivers_its_last_bytes_to_a_peer_that_reads_late(pair: Pair) -> None:
+    data = os.urandom(250_000)
+
+    async def answer(stream: trio.SocketStream) -> None:
+        assert await read_all(stream) == b"?"
+        await stream.send_all(data)
+
+    await pair.serve(answer)
+    async with await pair.connect() as first, await pair.connect() as stream:
+        await first.send_all(b"?")
+        await first.send_eof()
+        assert await read_all(first) == data
+        async with pair.looking_away():
+            inbound = pair.server.plane.inbound
+            await stream.send_all(b"?")
+            await pair.settle(lambda: len(pair.server.plane.connections.inbound) == 1)
+            inbound.drain()
+            (tunnel,) = inbound.tunnels
+            tunnel.on_time(pair.reactor.clock() + 6)  # the second GOAWAY
+            await stream.send_eof()
+            await pair.settle(lambda: not inbound.tunnels)
+            assert pair.reactor.farewells
+        assert await read_all(stream) == data  # and the client's WINDOW_UPDATE comes to a tunnel that is closed
+    await pair.settle(lambda: not pair.reactor.farewells)
+    assert pair.client.log.errors == []
+
+
 async def test_the_deadline_of_a_drain_cuts_what_is_left() -> None:
     async with open_pair() as pair:
         await pair.serve(echo)
