@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 from typing import TYPE_CHECKING, Any
 
 from hbone.commandline import CommandError, ExitCode
+from hbone.daemon.httpclient import UnixConnection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,24 +18,13 @@ _SECONDS = 30.0
 _MAX_BYTES = 512 << 20
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_SECONDS)
-        self._path = str(path)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
 def fetch(path: Path, page: str) -> Any:
     """The JSON of a page.
 
     Raises:
         CommandError: nobody answers there.
     """
-    connection = _UnixConnection(path)
+    connection = UnixConnection(path, _SECONDS)
     try:
         connection.request("GET", page)
         response = connection.getresponse()

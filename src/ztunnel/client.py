@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from typing import TYPE_CHECKING
 
+from hbone.daemon.httpclient import UnixConnection
 from hbone.errors import HboneError
 
 if TYPE_CHECKING:
@@ -21,24 +21,6 @@ class DaemonAway(HboneError):
     """No daemon answers."""
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=TIMEOUT)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the socket's path instead of a host."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.sock.settimeout(TIMEOUT)
-            self.sock.connect(self._path)
-        except BaseException:
-            self.sock.close()
-            raise
-
-
 def ask(path: str, *, socket_path: Path, host: str, port: int) -> tuple[int, bytes]:
     """Get a page by the Unix socket where there is one, else by TCP.
 
@@ -50,7 +32,7 @@ def ask(path: str, *, socket_path: Path, host: str, port: int) -> tuple[int, byt
     """
     reasons: list[str] = []
     for where, connection in (
-        (str(socket_path), _UnixConnection(str(socket_path))),
+        (str(socket_path), UnixConnection(socket_path, TIMEOUT)),
         (f"{host}:{port}", http.client.HTTPConnection(host, port, timeout=TIMEOUT)),
     ):
         try:
