@@ -29,6 +29,7 @@ MAX_READS_WITHOUT_DATA = 50
 _RECORD_HEADER = 5
 _MAX_WRITE = 1 << 30
 _SMALL_WRITE = 1 << 14
+_LENT = 1 << 15  # ciphertext from here on is read where it stands
 
 _ABOUT_CERTIFICATES = (
     "bad certificate",
@@ -83,6 +84,7 @@ class TlsConnection:
         "_done",
         "_failure",
         "_into",
+        "_lent",
         "_out",
         "_shut",
         "_ssl",
@@ -128,6 +130,7 @@ class TlsConnection:
         self._ssl = self._connection._ssl
         self._into: Any = self._connection._into_ssl
         self._out: Any = self._connection._from_ssl
+        self._lent: IoBuffer | None = None  # whose memory `_into` reads, so that it stays
         # Else one read would work through any number of records that carry nothing.
         lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_AUTO_RETRY)
 
@@ -247,12 +250,40 @@ class TlsConnection:
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
         """Take ciphertext. At most 256 KiB, then read: what is not read stays in memory."""
         if data:
+            if self._lent is not None:
+                self._take_back()
             with _from_buffer(data) as source:
                 _bio_write(self._into, source, len(data))
 
     def receive_from(self, buffer: IoBuffer, nbytes: int) -> None:
-        """Take the first `nbytes` of ciphertext in `buffer`. Hot path."""
+        """Take the first `nbytes` of ciphertext in `buffer`; read all of it before the buffer is used again. Hot path.
+
+        Raises:
+            TlsError: what was taken before was not read.
+        """
+        if nbytes >= _LENT and self._done and not _bio_pending(self._into, _NULL):
+            # A copy to OpenSSL's own memory, which it clears before, would cost more than this.
+            into = lib.BIO_new_mem_buf(buffer.c, nbytes)
+            lib.BIO_set_mem_eof_return(into, -1)  # its end is no end of the connection
+            self._read_from(into)
+            self._lent = buffer
+            return
+        if self._lent is not None:
+            self._take_back()
         _bio_write(self._into, buffer.c, nbytes)
+
+    def _take_back(self) -> None:
+        """Read from OpenSSL's own memory again."""
+        if _bio_pending(self._into, _NULL):
+            self._fail(TlsError("ciphertext was received before what came earlier was read"))
+        self._read_from(lib.BIO_new(lib.BIO_s_mem()))
+        self._lent = None
+
+    def _read_from(self, into: Any) -> None:
+        if into == _NULL:
+            raise MemoryError
+        lib.SSL_set_bio(self._ssl, into, self._out)  # frees the one before
+        self._into = self._connection._into_ssl = into
 
     def receive_eof(self) -> None:
         """The transport ended; call it when all was read. Sets `lost` where no close_notify came before."""
@@ -391,6 +422,7 @@ class TlsConnection:
         lib.SSL_set_bio(self._ssl, into, out)  # frees the old ones
         self._into = connection._into_ssl = into
         self._out = connection._from_ssl = out
+        self._lent = None
         # In this mode OpenSSL gives up the buffer of 17 KiB that it reads records into, once a read finds none.
         lib.SSL_set_mode(self._ssl, lib.SSL_MODE_RELEASE_BUFFERS)
         _clear_errors()

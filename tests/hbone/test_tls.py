@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import re
 import weakref
 from typing import Any
@@ -698,6 +699,41 @@ def test_bytes_are_encrypted_where_they_stand(kind: type[TlsConnection]) -> None
             assert read_bytes <= 5000
             got += plain.view[1000 : 1000 + read_bytes]
     assert got == buffer.array
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.integers(1, 200_000), st.booleans()), min_size=1, max_size=12))
+def test_nothing_of_a_buffer_is_needed_once_it_was_read(pieces: list[tuple[int, bool]]) -> None:
+    sent = random.Random(1).randbytes(400_000)
+    for kind in KINDS:
+        client, server = joined(kind)
+        client.write(sent)
+        wire, buffer, got = take(client), IoBuffer(256 * 1024), b""
+        for nbytes, whole in [*pieces, *[(200_000, True)] * 3]:
+            piece, wire = wire[:nbytes], wire[nbytes:]
+            if whole:
+                buffer.view[: len(piece)] = piece
+                server.receive_from(buffer, len(piece))
+            else:
+                server.receive_data(piece)
+            got += read(server)
+            buffer.view[:] = bytes(buffer.size)
+        client.trim()
+        server.trim()
+        assert got + exchange(client, server, b"last") == sent + b"last"
+
+
+@pytest.mark.parametrize("nbytes", [20_000, 60_000])
+def test_ciphertext_that_was_not_read_in_time_ends_the_connection(nbytes: int) -> None:
+    client, server = joined()
+    client.write(bytes(60_000))
+    wire, buffer = take(client), IoBuffer(256 * 1024)
+    buffer.view[: len(wire)] = wire
+    server.receive_from(buffer, len(wire))
+    with pytest.raises(TlsError, match="before what came earlier was read"):
+        server.receive_from(buffer, nbytes)
+    with pytest.raises(TlsError, match="before what came earlier was read"):
+        server.receive_data(b"x")
 
 
 def test_writing_nothing_sends_nothing(kind: type[TlsConnection]) -> None:
