@@ -30,9 +30,8 @@ INBOUND_BINDING = "ambient.istio.io/waypoint-inbound-binding"
 def gateway(reader: Reader, meta: Metadata) -> Gateway | None:
     """A Gateway: its class, its listeners and where it is."""
     status = reader.mapping("status")
-    spec = reader.mapping("spec")
+    spec = reader.required_mapping("spec", "add spec with gatewayClassName and listeners")
     if spec is None:
-        reader.require("spec", "add spec with gatewayClassName and listeners")
         return None
     name = spec.text("gatewayClassName")
     if name is None:

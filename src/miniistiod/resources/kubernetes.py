@@ -34,9 +34,8 @@ def namespace(reader: Reader, meta: Metadata) -> Namespace:
 def service(reader: Reader, meta: Metadata) -> KubernetesService | None:
     """A Kubernetes Service with a selector over WorkloadEntries, or with EndpointSlices."""
     balanced = _load_balancer_addresses(reader)
-    spec = reader.mapping("spec")
+    spec = reader.required_mapping("spec", "add spec with ports and a selector")
     if spec is None:
-        reader.require("spec", "add spec with ports and a selector")
         return None
     line = spec.line
     kind = spec.text("type")

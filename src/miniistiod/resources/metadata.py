@@ -44,9 +44,8 @@ def is_namespace(text: str) -> bool:
 
 def metadata(reader: Reader, kind: str, path: str, position: int, *, namespaced: bool = True) -> Metadata | None:
     """Read `metadata`; None when it names nothing usable."""
-    meta = reader.mapping("metadata")
+    meta = reader.required_mapping("metadata", "add metadata with a name")
     if meta is None:
-        reader.require("metadata", "add metadata with a name")
         return None
     meta.ignore(*_BOOKKEEPING)
     name, namespace = meta.text("name"), meta.text("namespace")

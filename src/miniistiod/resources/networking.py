@@ -53,9 +53,8 @@ MAX_ENDPOINTS = 4096
 def workload_entry(reader: Reader, meta: Metadata) -> WorkloadEntry | None:
     """A machine."""
     healthy = _healthy(reader)
-    spec = reader.mapping("spec")
+    spec = reader.required_mapping("spec", "add spec with the machine's address")
     if spec is None:
-        reader.require("spec", "add spec with the machine's address")
         return None
     endpoint = _endpoint(spec)
     spec.finish()
@@ -84,9 +83,8 @@ def _healthy(reader: Reader) -> bool:
 def workload_group(reader: Reader, meta: Metadata) -> WorkloadGroup | None:
     """What machines that register themselves have in common."""
     reader.ignore("status")
-    spec = reader.mapping("spec")
+    spec = reader.required_mapping("spec", "add spec with template.serviceAccount")
     if spec is None:
-        reader.require("spec", "add spec with template.serviceAccount")
         return None
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
@@ -159,9 +157,8 @@ def _endpoint(reader: Reader, *, needs_address: bool = True) -> Endpoint | None:
 def service_entry(reader: Reader, meta: Metadata) -> ServiceEntry | None:
     """A service by host names, with its endpoints or the labels of them."""
     status = _status_addresses(reader)
-    spec = reader.mapping("spec")
+    spec = reader.required_mapping("spec", "add spec with hosts and ports")
     if spec is None:
-        reader.require("spec", "add spec with hosts and ports")
         return None
     line = spec.line
     hosts = spec.texts("hosts", lambda text: common.host_name(text, wildcard=True), most=MAX_LIST) or ()

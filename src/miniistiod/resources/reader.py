@@ -155,6 +155,13 @@ class Reader:
         value = self.take(name)
         return None if value is None else Reader(value, self.field(name), self.findings)
 
+    def required_mapping(self, name: str, fix: str) -> Reader | None:
+        """As `mapping`; its absence is noted."""
+        found = self.mapping(name)
+        if found is None:
+            self.require(name, fix)
+        return found
+
     def elements(self, name: str, most: int | None = None) -> list[tuple[str, Value]] | None:
         """The elements of a list, each with its path; None when the field is absent. More than `most` are an error."""
         value = self.take(name)

@@ -44,9 +44,8 @@ DRY_RUN = "istio.io/dry-run"
 def authorization_policy(reader: Reader, meta: Metadata) -> AuthorizationPolicy | None:
     """Who may connect to what."""
     reader.ignore("status")
-    spec = reader.mapping("spec")
+    spec = reader.required_mapping("spec", "add spec; 'spec: {}' allows nobody in the namespace")
     if spec is None:
-        reader.require("spec", "add spec; 'spec: {}' allows nobody in the namespace")
         return None
     dry_run = meta.annotations.get(DRY_RUN, "false").lower() in ("true", "t", "1")
     if dry_run:
@@ -266,9 +265,8 @@ def _check_port(port: int) -> None:
 def peer_authentication(reader: Reader, meta: Metadata) -> PeerAuthentication | None:
     """Whether workloads take plaintext."""
     reader.ignore("status")
-    spec = reader.mapping("spec")
+    spec = reader.required_mapping("spec", "add spec with mtls.mode")
     if spec is None:
-        reader.require("spec", "add spec with mtls.mode")
         return None
     selector = common.selector(spec, "selector", "matchLabels")
     mode = _mode(spec)
