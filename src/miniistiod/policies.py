@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
 
+from miniistiod.index import selects
 from miniistiod.resources.model import (
     Action,
     AuthorizationPolicy,
@@ -147,14 +148,8 @@ class PeerAuthentications:
         """Names of the converted policies that a workload must refer to."""
         if not self.any:
             return []
-        chosen = next(
-            (
-                item
-                for item in self._workloads.get(namespace, ())
-                if all(labels.get(key) == value for key, value in (item.selector or {}).items())
-            ),
-            None,
-        )
+        own = self._workloads.get(namespace, ())
+        chosen = next((item for item in own if selects(item.selector or {}, labels)), None)
         if chosen is not None and _exceptions(chosen, self._mode(chosen)):
             return [f"{namespace}/{_converted_name(chosen)}"]
         mode = self._inherited(namespace) if chosen is None else self._mode(chosen)
