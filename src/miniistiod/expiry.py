@@ -59,4 +59,7 @@ def next_token_end(store: Store, now: float) -> float:
 
 
 def _days(seconds: float) -> str:
-    return f"{seconds / _DAY:.0f} days" if seconds >= _DAY else f"{max(0.0, seconds) / 3600:.1f} hours"
+    if seconds < _DAY:
+        return f"{max(0.0, seconds) / 3600:.1f} hours"
+    days = round(seconds / _DAY)
+    return "1 day" if days == 1 else f"{days} days"
