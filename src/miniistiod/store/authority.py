@@ -16,7 +16,7 @@ from hbone.errors import ConfigurationError
 from miniistiod import ca
 from miniistiod.rotation import Facts, Rotation, Step
 from miniistiod.store.base import CRL_FILE, ROOT_FILE, Database
-from miniistiod.store.records import IssuedCertificate, Revoked, RootRecord, StaleAuthorityError
+from miniistiod.store.records import IssuedCertificate, Revoked, RootRecord, StaleAuthorityError, fields_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -483,5 +483,4 @@ def _delete(connection: sqlite3.Connection, table: str, machines: Sequence[tuple
 
 
 def _certificate(row: Any) -> IssuedCertificate:
-    names = ["group" if name == "grp" else name for name in _CERTIFICATE.split(", ")]
-    return IssuedCertificate(**dict(zip(names, row, strict=True)))
+    return IssuedCertificate(**fields_of(_CERTIFICATE, row))

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from miniistiod.registry import HboneMark
-from miniistiod.store.records import Registration, StaleAuthorityError
+from miniistiod.store.records import Registration, StaleAuthorityError, fields_of
 from miniistiod.store.tokens import TokenState
 
 if TYPE_CHECKING:
@@ -133,6 +133,5 @@ class MeshState(TokenState):
 
 
 def _registration(row: Any) -> Registration:
-    names = ["group" if name == "grp" else name for name in _REGISTRATION.split(", ")]
-    fields = dict(zip(names, row, strict=True))
+    fields = fields_of(_REGISTRATION, row)
     return Registration(**{**fields, "labels": json.loads(fields["labels"]), "gone": bool(fields["gone"])})

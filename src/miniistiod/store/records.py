@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "IssuedCertificate",
@@ -12,6 +17,7 @@ __all__ = [
     "RootRecord",
     "StaleAuthorityError",
     "TokenRecord",
+    "fields_of",
 ]
 
 
@@ -145,3 +151,8 @@ class Registration:
     def key(self) -> tuple[str, str]:
         """Namespace and name."""
         return (self.namespace, self.name)
+
+
+def fields_of(columns: str, row: Sequence[Any]) -> dict[str, Any]:
+    """A row by the fields of its record. `group` is a word of SQL, and so its column is called `grp`."""
+    return {"group" if name == "grp" else name: value for name, value in zip(columns.split(", "), row, strict=True)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniistiod import tokens
 from miniistiod.store.authority import AuthorityState
-from miniistiod.store.records import Redemption, TokenRecord
+from miniistiod.store.records import Redemption, TokenRecord, fields_of
 
 if TYPE_CHECKING:
     from miniistiod.tokens import ReusableToken
@@ -124,5 +124,4 @@ class TokenState(AuthorityState):
 
 
 def _record(row: Any) -> TokenRecord:
-    names = ["group" if name == "grp" else name for name in _FIELDS.split(", ")]
-    return TokenRecord(**dict(zip(names, row, strict=True)))
+    return TokenRecord(**fields_of(_FIELDS, row))
