@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
     from ztunnel.mesh import IpAddress
 
-__all__ = ["SERVICES", "SMALL", "WORKLOADS", "figures"]
+__all__ = ["SMALL", "figures"]
 
-WORKLOADS = 100_000
-SERVICES = 10_000
 SMALL = 100
 """Workloads of the small mesh; its services are a tenth."""
 DESTINATIONS = 100
@@ -158,7 +156,7 @@ def measure(rounds: int, workloads: int, services: int) -> dict[str, list[float]
     return found
 
 
-def figures(rounds: int, workloads: int = WORKLOADS, services: int = SERVICES) -> dict[str, list[float]]:
+def figures(rounds: int, workloads: int, services: int) -> dict[str, list[float]]:
     """Figures of each round, measured in another process.
 
     Raises:

@@ -58,7 +58,7 @@ FACTS: dict[str, Fact] = {
     "idle_tunnel_kb": Fact("memory of one idle tunnel, both proxies", "kB"),
     "push_s": Fact("push of workloads, from files to both proxies", "s"),
     "push_cpu_us": Fact("CPU of a pushed workload, both proxies", "us"),
-    "workload_kb": Fact("memory of a workload, of 100,000 with 10,000 services", "kB"),
+    "workload_kb": Fact("memory of a workload, in a large mesh", "kB"),
     "lookup_us": Fact("where a connection goes, in that mesh, one of 100 destinations", "us"),
     "lookup_ratio": Fact("the same, against a mesh of 100 workloads", "x"),
     "first_us": Fact("where a connection goes, in that mesh, not asked before", "us"),

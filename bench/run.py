@@ -213,7 +213,7 @@ async def _scale(outcome: Outcome, running: Stage, load: LoadProcess, workloads:
     for value in policy.microseconds(POLICIES, plan.rounds):
         outcome.fact("policy_us", OURS, value)
     if not plan.workloads:
-        progress("a mesh of 100,000 workloads")
+        progress(f"a mesh of {plan.pushed:,} workloads")
         sizes = (plan.pushed, plan.pushed // 10)
         found = await trio.to_thread.run_sync(crowd.figures, plan.rounds, *sizes)
         for fact, each in found.items():
