@@ -150,7 +150,7 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-async def until(condition: Callable[[], Any], *, seconds: float = 10.0) -> bool:
+async def until(condition: Callable[[], Any], *, seconds: float = 30.0) -> bool:
     """Whether `condition` (plain or async) came true in time."""
     with trio.move_on_after(seconds):
         while True:

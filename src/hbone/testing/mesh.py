@@ -97,7 +97,7 @@ class Daemon:
                     found.append(record)
         return found
 
-    async def until_logged(self, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
+    async def until_logged(self, timeout: float = 30.0, **fields: Any) -> dict[str, Any]:
         """The first log record that has all of `fields`.
 
         A string matches where it is contained, a function where it says so; `__` in a name stands for a dot.
@@ -124,7 +124,7 @@ class Daemon:
             Status and body; status 0 when it could not be reached.
         """
         try:
-            with trio.fail_after(5):
+            with trio.fail_after(30):
                 where = address or self.host.proxy_address
                 stream = await self.host.connect(where, port, source=self.host.source_address)
                 async with stream:
