@@ -24,6 +24,16 @@ async def _refused(running: Mesh) -> bool:
     return await echo(running) == b""
 
 
+async def _kept(running: Mesh, host: str, name: str, *words: bytes) -> bool:
+    """Whether a file of a host's ztunnel comes to have all of `words`: a thread writes it a moment later."""
+    path = running.directory / f"{host}-state" / name
+
+    def has() -> bool:
+        return path.exists() and all(word in path.read_bytes() for word in words)
+
+    return await until(has)
+
+
 @kinds
 async def test_traffic_goes_on_without_the_control_plane(tmp_path: Path, namespaces: bool) -> None:
     async with shop(tmp_path, namespaces=namespaces) as running:
@@ -35,7 +45,9 @@ async def test_traffic_goes_on_without_the_control_plane(tmp_path: Path, namespa
             await stream.send_all(b"still")
             assert await stream.receive_some() == b"still"
         assert await echo(running) == b"hello"
-        for ztunnel in running.ztunnels.values():  # both ends forget everything that is not on disk
+        for host, ztunnel in running.ztunnels.items():  # both ends forget everything that is not on disk
+            assert await _kept(running, host, "svid.pem", b"CERTIFICATE")
+            assert await _kept(running, host, "mesh.snapshot", b"client", b"orders")
             await ztunnel.stop(signal.SIGKILL)
             ztunnel.start()
             await ztunnel.until_ready()
@@ -49,6 +61,7 @@ async def test_traffic_goes_on_without_the_control_plane(tmp_path: Path, namespa
 async def test_a_policy_outlives_a_restart_without_the_control_plane(tmp_path: Path, namespaces: bool) -> None:
     async with shop(tmp_path, namespaces=namespaces, documents={"closed": DENY_ALL}) as running:
         assert await echo(running) == b""
+        assert await _kept(running, "beta", "mesh.snapshot", b"orders", b"closed")
         await running.control.stop(signal.SIGKILL)
         beta = running.ztunnels["beta"]
         await beta.stop(signal.SIGKILL)
