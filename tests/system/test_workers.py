@@ -36,10 +36,12 @@ spec:
 pytestmark = pytest.mark.timeout(900 if COUNT > 100 else 180)
 
 
+ENVIRONMENT = {"ZTUNNEL_WORKER_THREADS": str(WORKERS), "SECRET_TTL": "6s", "CONNECTION_TERMINATION_DEADLINE": "20s"}
+
+
 @pytest.fixture
 async def running(tmp_path: Path) -> AsyncIterator[Mesh]:
-    environment = {"ZTUNNEL_WORKER_THREADS": str(WORKERS), "SECRET_TTL": "6s", "CONNECTION_TERMINATION_DEADLINE": "5s"}
-    async with shop(tmp_path, namespaces=False, environment=environment) as running:
+    async with shop(tmp_path, namespaces=False, environment=ENVIRONMENT) as running:
         yield running
 
 
@@ -137,32 +139,35 @@ async def total_policies(ztunnel: Ztunnel) -> bool:
     return bool((await page(ztunnel, "/status"))["mesh"]["policies"])
 
 
-async def test_a_killed_worker_costs_its_own_connections_and_no_other(running: Mesh) -> None:
-    alpha = running.ztunnels["alpha"]
-    fine = made = 0
-    for host in ("alpha", "beta"):
-        load, held = await _kill_one(running, host)
-        made += len(load.attempts) + held
-        fine += len(load.attempts) - len(load.failed) + held
-    await settled(alpha)
-    samples = await alpha.metrics()
-    opened = total(samples, "istio_tcp_connections_opened_total", 'reporter="source"')
-    assert fine <= opened <= made
-    assert total(samples, "istio_tcp_connections_closed_total", 'reporter="source"') == opened
+async def test_a_killed_worker_costs_its_own_connections_and_no_other(tmp_path: Path) -> None:
+    few = {"POOL_MAX_STREAMS_PER_CONNECTION": "2"}  # many tunnels, so that they are surely not all of one worker
+    async with shop(tmp_path, namespaces=False, environment=ENVIRONMENT | few) as running:
+        alpha = running.ztunnels["alpha"]
+        fine = made = 0
+        for host in ("alpha", "beta"):
+            load, held = await _kill_one(running, host)
+            made += len(load.attempts) + held
+            fine += len(load.attempts) - len(load.failed) + held
+        await settled(alpha)
+        samples = await alpha.metrics()
+        opened = total(samples, "istio_tcp_connections_opened_total", 'reporter="source"')
+        assert fine <= opened <= made
+        assert total(samples, "istio_tcp_connections_closed_total", 'reporter="source"') == opened
 
 
 async def _kill_one(running: Mesh, host: str) -> tuple[Load, int]:
     victim = running.ztunnels[host]
+    await settled(victim)
     load = Load(running)
     held = [await running.connect("alpha", running.hosts["beta"].address, ECHO) for _ in range(24)]
     for stream in held:
         await stream.send_all(b"x")
         assert await stream.receive_some() == b"x"
+    dumped = (await page(victim, "/config_dump"))["connections"]["outbound" if host == "alpha" else "inbound"]
+    chosen = max(range(WORKERS), key=lambda number: sum(entry["worker"] == number for entry in dumped))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(load.run)
         await load.more(COUNT)
-        dumped = (await page(victim, "/config_dump"))["connections"]["outbound" if host == "alpha" else "inbound"]
-        chosen = max(range(WORKERS), key=lambda number: sum(entry["worker"] == number for entry in dumped))
         (pid,) = [worker["pid"] for worker in await workers(victim) if worker["worker"] == chosen]
         os.kill(pid, signal.SIGKILL)
         died = await victim.until_logged(message="a worker died and is replaced")
