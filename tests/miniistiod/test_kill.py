@@ -9,6 +9,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import attrs
+import pytest
 import trio
 from tests.miniistiod.test_registrar import GROUPS, request
 from tests.support.killing import Zygote, zygote
@@ -201,6 +202,7 @@ async def one_life(forks: Zygote, directory: Path, memory: Memory, chance: rando
     memory.lives += 1
 
 
+@pytest.mark.timeout(size(3600, 600))
 async def test_nothing_acknowledged_is_lost_and_no_token_works_twice(tmp_path: Path) -> None:
     chance, memory = random.Random(SEED), Memory()
     (tmp_path / "mesh").mkdir()
