@@ -14,6 +14,7 @@ from tests.support.tls import read, take
 
 from hbone.errors import PeerIdentityError, TlsError
 from hbone.testing.ca import TestCa
+from hbone.testing.envoy import free_port
 from hbone.tls import MAX_READS_WITHOUT_DATA, TlsConnection, TlsContext
 
 if TYPE_CHECKING:
@@ -211,16 +212,10 @@ def _key_updates(stdin: IO[bytes], tls: TlsConnection, sock: socket.socket) -> i
     return 200
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def s_server(files: Files, *arguments: str, certificate: str = "server") -> Iterator[socket.socket]:
     """A socket connected to `openssl s_server`."""
-    port = _free_port()
+    port = free_port()
     own = ["-cert", f"{certificate}.pem", "-key", f"{certificate}.key"]
     with files.openssl("s_server", "-accept", f"127.0.0.1:{port}", *own, "-CAfile", "root.pem", *arguments) as process:
         assert process.stdout is not None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -37,10 +40,24 @@ class EnvoyPorts:
         self.pid = 0
 
 
+_CANDIDATES = itertools.cycle(random.sample(range(20_000, 32_000), 12_000))
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.create_server((host, 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A TCP port that was free a moment ago, below those that the kernel gives to whoever connects meanwhile.
+
+    Raises:
+        OSError: `host` is not an address of this machine, or a thousand ports are taken.
+    """
+    for port in itertools.islice(_CANDIDATES, 1000):
+        try:
+            socket.create_server((host, port)).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            continue
+        return port
+    raise OSError(errno.EADDRINUSE, f"a thousand ports of {host} from 20000 to 31999 are taken")
 
 
 def _address(host: str, port: int) -> dict[str, Any]:
