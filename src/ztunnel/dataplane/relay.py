@@ -115,6 +115,10 @@ def _takes_nothing(data: Buffer, flags: int = 0, /) -> int:
     raise BlockingIOError
 
 
+def _was_reset(buffer: Buffer, nbytes: int = 0, flags: int = 0, /) -> int:
+    raise ConnectionResetError
+
+
 class Relay:
     """The socket side of one app connection.
 
@@ -287,6 +291,7 @@ class Relay:
             except BlockingIOError:
                 pass
             except OSError:
+                self._recv_into = _was_reset  # the kernel says so once: a read would now find an end that looks clean
                 self._reactor.later(self._app_reset)
                 return len(view)
             self.written += sent

@@ -247,6 +247,19 @@ def test_a_reset_found_by_writing_the_queue_is_connect_error() -> None:
     assert sock.closed
 
 
+def test_a_reset_that_writing_found_is_no_end_to_who_reads() -> None:
+    sock = ScriptedSocket()
+    sock.takes.append(RESET)
+    reactor, relay, far, _ = relay_of(sock)
+    relay.deliver(memoryview(b"lost"))
+    sock.to_read.extend([b"tail", b""])  # as the kernel has it once it has told of the reset
+    tell(reactor, sock, IN | RDHUP | HUP)
+    settle(reactor)
+    assert not far.ended
+    assert far.code == ErrorCode.CONNECT_ERROR
+    assert sock.closed
+
+
 @pytest.mark.parametrize("code", [ErrorCode.NO_ERROR, ErrorCode.CANCEL, ErrorCode.STREAM_CLOSED])
 def test_some_codes_are_a_normal_end_and_what_came_is_written(code: ErrorCode) -> None:
     sock = ScriptedSocket()
