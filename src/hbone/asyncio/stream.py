@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from hbone.errors import ErrorCode, HboneError
+from hbone.errors import ErrorCode, HboneError, StreamResetError
 from hbone.sessionstream import SessionStream
 
 if TYPE_CHECKING:
@@ -196,7 +196,13 @@ class HboneTransport(asyncio.Transport):
                     sent += taken
         except HboneError as error:
             backlog.clear()
-            self._tell_loss(error)
+            if isinstance(error, StreamResetError) and error.code is ErrorCode.NO_ERROR:
+                # The peer has said all, and wants no more. A loss with an error would take it from who reads it.
+                self._paused = False  # the window bounds what is left
+                self.deliver()
+                self._tell_loss(None)
+            else:
+                self._tell_loss(error)
             return
         if sent:
             del backlog[:sent]

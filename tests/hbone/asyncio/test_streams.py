@@ -177,6 +177,26 @@ async def test_close_sends_everything_first() -> None:
 
 
 @under_asyncio
+async def test_an_answer_that_came_before_all_was_asked_is_read_whole() -> None:
+    size = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"a" * size)  # and END_STREAM, then RST_STREAM NO_ERROR. Source: RFC 9113 §8.1
+
+    async with serving(answer) as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        for size in (6, 200_000):  # the latter is more than asyncio's reader takes before it pauses
+            reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+            with contextlib.suppress(ConnectionResetError):
+                while True:
+                    writer.write(bytes(100_000))
+                    await writer.drain()
+            assert await reader.read() == b"a" * size
+            with pytest.raises(ConnectionResetError):
+                await writer.drain()
+
+
+@under_asyncio
 async def test_a_handler_decides_before_it_accepts() -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         transport = writer.transport
