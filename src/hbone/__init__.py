@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hbone.admission import Admission
     from hbone.config import ConnectionConfig
     from hbone.connect import Authority, BadConnect, Baggage, ConnectRequest
     from hbone.endpoint import Endpoint
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from hbone.tls import IoBuffer, TlsConnection, TlsContext
 
 _HOMES = {
+    "admission": ("Admission",),
     "config": ("ConnectionConfig",),
     "connect": ("Authority", "BadConnect", "Baggage", "ConnectRequest"),
     "endpoint": ("Endpoint",),
@@ -94,6 +96,7 @@ _HOMES = {
 _HOME = {name: f"hbone.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Admission",
     "Authority",
     "Authorizer",
     "BadConnect",

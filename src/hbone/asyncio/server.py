@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from hbone.admission import HANDSHAKES
+from hbone.admission import HANDSHAKES, Line
 from hbone.asyncio.connection import Tunnel
 from hbone.asyncio.stream import HboneTransport
 from hbone.endpoint import Endpoint
@@ -18,7 +18,7 @@ from hbone.tls import TlsContext
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from hbone.admission import Admission
+    from hbone.admission import Admission, Turn
     from hbone.asyncio.stream import TunnelStream
     from hbone.config import ConnectionConfig
     from hbone.engine.flow import WindowBudget
@@ -61,7 +61,8 @@ async def serve(
             to the handler.
         config: parameters of HTTP/2.
         budget: what receive windows of all tunnels together may grow by.
-        admission: limits of handshakes at once.
+        admission: limits of handshakes at once, by default those of the process: 512, and 32 of one address. What is
+            over waits its turn, unread, within the time that a handshake may take.
         drain_timeout: seconds.
         revocations: certificates that were taken back; those that are found end tunnels that live, too.
         started: called with the addresses listened on.
@@ -89,35 +90,41 @@ class _ServedTunnel(Tunnel):
     def __init__(self, endpoint: Endpoint, server: _Server) -> None:
         super().__init__(endpoint, client=False, on_request=server.on_request)
         self._server = server
-        self._address: str | None = None
+        self._turn: Turn | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Refuse where there are too many handshakes."""
+        """Wait, or refuse, where there are too many handshakes."""
         name = transport.get_extra_info("peername")
         address = str(name[0]) if isinstance(name, tuple) and name else ""
         assert isinstance(transport, asyncio.Transport)
         if self._server.draining:  # accepted before the listener was closed, and told only now
             transport.abort()
             return
-        if not self._server.admission.enter(address):
+        self._turn = self._server.line.join(address, self._begin)
+        if self._turn is None:
             _log.warning("connection from %s closed: too many TLS handshakes at once", address or "a peer")
             transport.abort()
             return
-        self._address = address
         self.established.add_done_callback(lambda _: self._leave())
         self._server.tunnels.add(self)
         super().connection_made(transport)
+        if not self._turn.entered:
+            transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count it out, whatever became of it."""
         super().connection_lost(exc)
         self._server.tunnels.discard(self)
-        if not self.endpoint.established and self._address is not None and self.failure is not None:
-            _log.info("tunnel from %s refused: %s", self._address or "a peer", self.failure)
+        if not self.endpoint.established and self._turn is not None and self.failure is not None:
+            _log.info("tunnel from %s refused: %s", self._turn.address or "a peer", self.failure)
+
+    def _begin(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def _leave(self) -> None:
-        if self._address is not None:
-            self._server.admission.leave(self._address)
+        if self._turn is not None:
+            self._turn.leave()
         if self.endpoint.established:
             self._server.recall.admit(self)
 
@@ -140,7 +147,7 @@ class _Server:
         self._accept = accept
         self._config = config
         self._budget = budget
-        self.admission = admission
+        self.line = Line(admission)
         self.recall = Recall(TlsContext.server, revocations)
         self.draining = False
         self.tunnels: set[_ServedTunnel] = set()

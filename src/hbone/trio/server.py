@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from hbone.admission import HANDSHAKES
+from hbone.admission import HANDSHAKES, Admission, Line
+from hbone.config import ConnectionConfig
 from hbone.endpoint import Endpoint
 from hbone.errors import ErrorCode, HboneError
 from hbone.recall import Recall
@@ -17,8 +18,7 @@ from hbone.trio.connection import Connection
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from hbone.admission import Admission
-    from hbone.config import ConnectionConfig
+    from hbone.admission import Turn
     from hbone.engine.flow import WindowBudget
     from hbone.identity import Authorizer, IdentitySource, RevocationSource, SpiffeId
     from hbone.trio.stream import HboneStream
@@ -65,7 +65,8 @@ async def serve(
         host: address to listen on; None stands for every one.
         config: parameters of HTTP/2.
         budget: what receive windows of all tunnels together may grow by.
-        admission: limits of handshakes at once.
+        admission: limits of handshakes at once, by default those of the process: 512, and 32 of one address. What is
+            over waits its turn, unread, within the time that a handshake may take.
         drain_timeout: seconds.
         revocations: certificates that were taken back; those that are found end tunnels that live, too.
         refused: called with the error of each tunnel that is refused in its handshake, or cut by `revocations`.
@@ -133,7 +134,7 @@ async def serve_transport(
     budget: WindowBudget | None = None,
 ) -> None:
     """Serve one tunnel on a transport that the caller accepted, until it ends; the transport is closed then."""
-    await _Server(handler, svid, authorize, config, budget, None).serve_transport(transport)
+    await _Server(handler, svid, authorize, config, budget, Admission()).serve_transport(transport)
 
 
 async def _host(stop: trio.Event, *, task_status: trio.TaskStatus[tuple[trio.CancelScope, trio.Nursery]]) -> None:
@@ -151,19 +152,20 @@ class _Server:
         authorize: Authorizer,
         config: ConnectionConfig | None,
         budget: WindowBudget | None,
-        admission: Admission | None,
+        admission: Admission,
         revocations: RevocationSource | None = None,
         refused: Callable[[HboneError], object] = lambda _: None,
     ) -> None:
         self._handler = handler
         self._svid = svid
         self._authorize = authorize
-        self._config = config
+        self._config = config or ConnectionConfig()
         self._budget = budget
-        self._admission = admission
+        self._line = Line(admission)
         self._recall = Recall(TlsContext.server, revocations, self._cut)
         self._refused = refused
         self._connections: set[Connection] = set()
+        self._waiting: set[trio.Event] = set()
         self._draining = False
 
     async def serve_transport(self, transport: trio.abc.Stream) -> None:
@@ -188,14 +190,16 @@ class _Server:
     def drain(self) -> None:
         """GOAWAY to all."""
         self._draining = True
+        for came in self._waiting:
+            came.set()
         for connection in list(self._connections):
             connection.drain()
 
     async def _serve(self, transport: trio.abc.Stream) -> None:
         address = _address(transport)
-        admission = self._admission
-        if admission is not None and not admission.enter(address):
-            _log.warning("connection from %s closed: too many TLS handshakes at once", address or "a peer")
+        came_at = trio.current_time()
+        turn = await self._enter(address)
+        if turn is None:
             return
         try:
             identity = self._svid.current()
@@ -211,7 +215,7 @@ class _Server:
                 authorize=allowed,
                 config=self._config,
                 budget=self._budget,
-                now=trio.current_time(),
+                now=came_at,
             )
             async with trio.open_nursery() as streams:
                 connection = Connection(
@@ -231,12 +235,33 @@ class _Server:
                     self._refused(error)
                 else:
                     self._recall.admit(connection)
-                if admission is not None:
-                    admission.leave(address)
-                    admission = None
+                turn.leave()
         finally:
-            if admission is not None:
-                admission.leave(address)
+            turn.leave()
+
+    async def _enter(self, address: str) -> Turn | None:
+        """Wait until the handshake may begin; None when it may not."""
+        came = trio.Event()
+        turn = self._line.join(address, came.set)
+        if turn is None:
+            _log.warning("connection from %s closed: too many TLS handshakes at once", address or "a peer")
+            return None
+        if not turn.entered:
+            self._waiting.add(came)
+            try:
+                with trio.move_on_after(self._config.handshake_timeout):
+                    await came.wait()
+            except BaseException:
+                turn.leave()
+                raise
+            finally:
+                self._waiting.discard(came)
+        if turn.entered:
+            return turn
+        turn.leave()
+        if not self._draining:
+            _log.warning("connection from %s closed: its TLS handshake had no turn in time", address or "a peer")
+        return None
 
     async def _serve_stream(self, stream: HboneStream) -> None:
         try:

@@ -468,7 +468,7 @@ async def nobody_shakes_hands(admission: Admission) -> None:
 
 @under_asyncio
 async def test_too_many_handshakes_of_one_address_are_closed_at_once() -> None:
-    admission = Admission(per_address=2)
+    admission = Admission(per_address=2, waiting=0)
     async with serving(admission=admission) as (port, _):
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         refused, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -484,3 +484,69 @@ async def test_too_many_handshakes_of_one_address_are_closed_at_once() -> None:
             assert await reader.readexactly(5) == b"hello"
             writer.close()
         await nobody_shakes_hands(admission)
+
+
+class Watched(Admission):
+    """Counts whom it did not let in at once."""
+
+    kept_out = 0
+
+    def enter(self, address: str) -> bool:
+        entered = super().enter(address)
+        self.kept_out += not entered
+        return entered
+
+    async def keeps_out(self) -> None:
+        while not self.kept_out:
+            await asyncio.sleep(0)
+
+
+@under_asyncio
+async def test_handshakes_over_the_limit_wait_for_their_turn() -> None:
+    admission = Watched(per_address=2)
+    async with serving(admission=admission) as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        dial = asyncio.create_task(pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS))
+        await admission.keeps_out()
+        for _, each in silent:
+            each.close()
+        reader, writer = await dial
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        writer.close()
+        await nobody_shakes_hands(admission)
+
+
+@contextlib.asynccontextmanager
+async def kept_waiting(**options: Any) -> AsyncIterator[asyncio.StreamReader]:
+    """One that waits at a server, for a turn that it will not get."""
+    admission = Watched(per_address=1)
+    assert admission.enter("127.0.0.1")  # as another server of the process would
+    async with serving(admission=admission, **options) as (port, _):
+        _, shaking = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await admission.keeps_out()
+        yield reader
+    while admission.count > 1:
+        await asyncio.sleep(0)
+    shaking.close()
+    writer.close()
+
+
+def test_who_waits_for_a_handshake_is_closed_when_its_time_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    @under_asyncio
+    async def main() -> None:
+        async with kept_waiting(config=hbone.ConnectionConfig(handshake_timeout=1)) as reader:
+            with contextlib.suppress(ConnectionError):
+                await reader.read()  # to the end: the connection is closed
+
+    caplog.set_level("INFO")
+    main()
+    assert caplog.text.count("tunnel from 127.0.0.1 refused") == 1
+    assert "the TLS handshake was not complete after 1 s" in caplog.text
+
+
+@under_asyncio
+async def test_who_waits_for_a_handshake_does_not_hold_up_the_end() -> None:
+    async with kept_waiting(drain_timeout=3600):
+        pass

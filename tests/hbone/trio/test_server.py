@@ -99,7 +99,7 @@ async def test_megabytes_both_ways_over_sockets() -> None:
 
 
 async def test_too_many_handshakes_of_one_address_are_closed_at_once() -> None:
-    admission = Admission(limit=512, per_address=2)
+    admission = Admission(limit=512, per_address=2, waiting=0)
     async with serving(admission=admission) as port:
         idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(2)]
         await trio.testing.wait_all_tasks_blocked(0.02)
@@ -115,6 +115,70 @@ async def test_too_many_handshakes_of_one_address_are_closed_at_once() -> None:
         async with hbone.trio.ConnectionPool(source_of("web")) as pool:
             await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
             assert admission.count == 0
+
+
+class Watched(Admission):
+    """Counts whom it did not let in at once."""
+
+    kept_out = 0
+
+    def enter(self, address: str) -> bool:
+        entered = super().enter(address)
+        self.kept_out += not entered
+        return entered
+
+    async def keeps_out(self) -> None:
+        with trio.fail_after(30):
+            while not self.kept_out:
+                await trio.sleep(0.01)
+
+
+async def test_handshakes_over_the_limit_wait_for_their_turn() -> None:
+    admission = Watched(per_address=2)
+    async with serving(admission=admission) as port, hbone.trio.ConnectionPool(source_of("web")) as pool:
+        idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(2)]
+
+        async def ask() -> None:
+            stream = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+            await stream.send_all(b"hello")
+            assert await stream.receive_some() == b"hello"
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await admission.keeps_out()
+            await idle[0].aclose()
+        assert admission.count == 1
+        await idle[1].aclose()
+
+
+@contextlib.asynccontextmanager
+async def kept_waiting(**options: Any) -> AsyncIterator[trio.SocketStream]:
+    """One that waits at a server, for a turn that it will not get."""
+    admission = Watched(per_address=1)
+    assert admission.enter("127.0.0.1")  # as another server of the process would
+    async with serving(admission=admission, **options) as port:
+        shaking = await trio.open_tcp_stream("127.0.0.1", port, local_address="127.0.0.2")
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        await admission.keeps_out()
+        yield stream
+    with trio.fail_after(30):
+        while admission.count > 1:
+            await trio.sleep(0.01)
+    await stream.aclose()
+    await shaking.aclose()
+
+
+async def test_who_waits_for_a_handshake_is_closed_when_its_time_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    async with kept_waiting(config=hbone.ConnectionConfig(handshake_timeout=1)) as stream:
+        with contextlib.suppress(trio.BrokenResourceError), trio.fail_after(30):
+            assert await stream.receive_some() == b""
+    assert "its TLS handshake had no turn in time" in caplog.text
+
+
+async def test_who_waits_for_a_handshake_does_not_hold_up_the_end() -> None:
+    with trio.fail_after(30):
+        async with kept_waiting(drain_timeout=3600):
+            pass
 
 
 async def test_a_silent_client_is_closed_after_ten_seconds(autojump_clock: MockClock) -> None:
