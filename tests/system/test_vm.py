@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import trio
 from tests.support.shop import ECHO, LOOPBACK, closest_kind, echo, serve_echo
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from hbone.testing.mesh import Mesh
 
-LIFETIME = 10
+LIFETIME = 15
 """Seconds that its certificate lives; a restart right after a renewal must fit in."""
 DOCUMENTS = """\
 apiVersion: networking.istio.io/v1
@@ -116,6 +117,7 @@ async def until(condition: Callable[[], Any]) -> Any:
 
 
 @closest_kind
+@pytest.mark.timeout(300)
 async def test_the_life_of_a_machine(tmp_path: Path, namespaces: bool) -> None:
     started = mesh(
         tmp_path,
