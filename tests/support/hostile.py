@@ -160,7 +160,7 @@ class Siege:
     async def at_rest(self, wanted: int) -> int:
         """Wait until the process has no more than `wanted` descriptors; how many it has."""
         found = descriptors(self.pid)
-        with trio.move_on_after(10):
+        with trio.move_on_after(30):
             while found > wanted:
                 await trio.sleep(0.05)
                 found = descriptors(self.pid)

@@ -65,7 +65,7 @@ async def still_serves(besieged: Siege) -> None:
     """A well-behaved host gets its certificate, and nobody's discovery was cut."""
     assert besieged.mesh.control.running
     async with client(besieged, besieged.friend) as good:
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             answer = await good.unary(CREATE_CERTIFICATE, Applicant().request(600))
     assert ca_pb2.IstioCertificateResponse.FromString(answer).cert_chain
     status, _ = await besieged.mesh.control.http(15014, "/ready", address=besieged.control)
