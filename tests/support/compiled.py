@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["COMPILED", "plain_only", "stand_in"]
 
 COMPILED = (reactor.__file__ or "").endswith(".so")
-plain_only = pytest.mark.skipif(COMPILED, reason="the classes of a compiled data path cannot be changed")
+REASON = "the classes of a compiled data path cannot be changed"
+plain_only = pytest.mark.skipif(COMPILED, reason=REASON)
 
 
 def stand_in(owner: object, name: str, method: Callable[..., Any]) -> None:
@@ -23,5 +24,5 @@ def stand_in(owner: object, name: str, method: Callable[..., Any]) -> None:
     Where the data path is compiled, the test is skipped.
     """
     if COMPILED:
-        pytest.skip("the classes of a compiled data path cannot be changed")
+        pytest.skip(REASON)
     setattr(owner, name, method)
