@@ -196,6 +196,8 @@ class _Server:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
+        if tasks:  # each resets its stream; a tunnel that is closed first would end it, as if all were said
+            await asyncio.wait(tasks, timeout=FLUSH_TIMEOUT)
         tunnels = list(self.tunnels)
         for tunnel in tunnels:
             tunnel.close()
@@ -224,7 +226,7 @@ class _Server:
                 stream.reject(503)
         finally:
             if not stream.closed:
-                stream.reset(ErrorCode.CANCEL)
+                stream.reset(ErrorCode.INTERNAL_ERROR)  # CANCEL would look like an end
             transport.close()
 
 

@@ -249,6 +249,21 @@ async def test_a_silent_peer_is_given_up() -> None:
 
 
 @under_asyncio
+async def test_an_answer_that_a_stopped_server_cut_does_not_look_complete() -> None:
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"half")
+        await asyncio.sleep(3600)
+
+    async with hbone.asyncio.ConnectionPool(source_of("web")) as pool:
+        async with serving(half, drain_timeout=0.05) as (port, _):
+            reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
+            assert await reader.readexactly(4) == b"half"
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+
+@under_asyncio
 async def test_a_draining_server_finishes_its_streams() -> None:
     async with serving() as (port, server), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
         reader, writer = await pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS)
