@@ -273,6 +273,8 @@ class OutboundConnection(AppConnection):
             self.plane.reactor.start_task(self._resolve, found)
 
     async def _resolve(self, found: Resolve) -> None:
+        store = self.plane.store
+        generation = store.generation
         try:
             ip = await self._outbound.names.resolve(found.hostname, found.hint)
         except DataplaneError as exc:
@@ -281,6 +283,9 @@ class OutboundConnection(AppConnection):
         finally:
             self.plane.metrics.on_demand_dns(self.source, found.hostname)
         if self.closed:
+            return
+        if store.generation != generation:
+            self._go(self.source)  # what was plaintext may be in the mesh by now; the name is remembered
             return
         then = found.then(ip)
         if isinstance(then, Refused):

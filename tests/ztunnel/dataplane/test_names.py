@@ -14,7 +14,7 @@ from tests.support.pair import echo, open_pair
 
 from ztunnel.dataplane.names import KEEP_SECONDS, Names, look_up
 from ztunnel.errors import ResolutionFailed
-from ztunnel.mesh import parse_ip
+from ztunnel.mesh import Protocol, parse_ip
 
 if TYPE_CHECKING:
     from ztunnel.mesh import IpAddress
@@ -145,3 +145,31 @@ async def test_connections_to_a_workload_known_by_name_reach_it_and_are_counted(
         assert resolver.asked == {"web.example": 1}
         ((labels, count),) = pair.client.metrics.counts.on_demand.items()
         assert (labels[1], count) == ("web.example", 3)
+
+
+async def test_a_workload_that_joins_the_mesh_while_its_name_is_looked_up_is_not_reached_in_plaintext() -> None:
+    async with open_pair() as pair:
+        served: list[trio.SocketStream] = []
+
+        async def serve(stream: trio.SocketStream) -> None:
+            served.append(stream)
+
+        port = await pair.serve(serve)
+        resolver = Resolver(parse_ip(pair.server.ip))
+        resolver.gate = trio.Event()
+        pair.client.plane.outbound.names = Names(trio.current_time, lookup=resolver)
+        services = {"default/web.default.svc.cluster.local": {80: port}}
+        named = tcp("named", hostname="web.example", services=services)
+        pair.store.apply_addresses([service("web", "240.96.0.1", ports={80: 0}), named])
+        pair.client.calls.destination = (parse_ip("240.96.0.1"), 80)
+        async with await trio.open_tcp_stream(*pair.client.outbound) as stream:
+            await pair.settle(lambda: bool(resolver.asked))
+            pair.store.apply_addresses(
+                [tcp("named", hostname="web.example", services=services, protocol=Protocol.HBONE)]
+            )
+            resolver.gate.set()
+            with trio.fail_after(30):
+                assert await stream.receive_some() == b""
+        await pair.settle(lambda: bool(pair.client.log.errors))
+        assert not served
+        assert "default/sa/server" in pair.client.log.errors[0]  # another's certificate than the workload's
