@@ -381,7 +381,8 @@ class DiscoveryClient:
             self._stale_since = None
         if self._acknowledged.issuperset(self.needed):
             self.ready.set()
-        self._applied()
+        if self.in_sync:
+            self._applied()  # not before: workloads without their policies are no picture to start from
 
     async def other_type(self, raw: bytes, url: str, nonce: str) -> discovery_pb2.DeltaDiscoveryRequest:
         """Take a response of another type; returns what to answer."""

@@ -145,6 +145,25 @@ async def test_good_response_is_applied_and_acknowledged(autojump_clock: trio.te
     assert not bench.store.services
 
 
+async def test_what_is_kept_on_disk_has_both_types(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    kept: list[tuple[int, int]] = []
+    bench = Bench(applied=lambda: kept.append((len(bench.store.workloads), len(bench.store.policies))))
+    nursery.start_soon(bench.client.run)
+    for round_ in (1, 2):
+        stream = await bench.opened()
+        stream.respond(ADDRESS_TYPE, [workload("web")], nonce="a1")
+        await stream.request()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(kept) == (round_ - 1) * 2  # and once more when a stream is lost, for the time since
+        stream.respond(AUTHORIZATION_TYPE, [policy("p")], nonce="b1")
+        await stream.request()
+        await trio.testing.wait_all_tasks_blocked()
+        assert kept[-1] == (1, 1)
+        stream.end()
+
+
 async def test_bad_resource_is_rejected_by_name_and_the_good_ones_are_in_force(
     autojump_clock: trio.testing.MockClock, bench: Bench
 ) -> None:
