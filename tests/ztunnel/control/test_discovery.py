@@ -149,7 +149,11 @@ async def test_what_is_kept_on_disk_has_both_types(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
     kept: list[tuple[int, int]] = []
-    bench = Bench(applied=lambda: kept.append((len(bench.store.workloads), len(bench.store.policies))))
+
+    def keep() -> None:
+        kept.append((len(bench.store.workloads), len(bench.store.policies)))
+
+    bench = Bench(applied=keep)
     nursery.start_soon(bench.client.run)
     for round_ in (1, 2):
         stream = await bench.opened()
