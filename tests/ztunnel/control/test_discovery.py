@@ -151,12 +151,12 @@ async def test_what_is_kept_on_disk_has_both_types(
     kept: list[tuple[int, int]] = []
 
     def keep() -> None:
-        kept.append((len(bench.store.workloads), len(bench.store.policies)))
+        kept.append((len(mesh.store.workloads), len(mesh.store.policies)))
 
-    bench = Bench(applied=keep)
-    nursery.start_soon(bench.client.run)
+    mesh = Bench(applied=keep)
+    nursery.start_soon(mesh.client.run)
     for round_ in (1, 2):
-        stream = await bench.opened()
+        stream = await mesh.opened()
         stream.respond(ADDRESS_TYPE, [workload("web")], nonce="a1")
         await stream.request()
         await trio.testing.wait_all_tasks_blocked()
