@@ -438,7 +438,7 @@ class StreamConnection(InboundConnection):
 
     def abort(self, error: DataplaneError) -> None:
         """Cut it."""
-        self._cut(error, ErrorCode.CANCEL)
+        self._cut(error, ErrorCode.CONNECT_ERROR)
 
     def _cut(self, error: DataplaneError, code: ErrorCode) -> None:
         if self.relay is not None and not self.relay.closed:

@@ -322,8 +322,11 @@ class Relay:
         if not self._queue:
             self._close(None)
 
-    def abort(self, error: DataplaneError | None, *, code: ErrorCode = ErrorCode.CANCEL) -> None:
-        """Cut both ends, for a policy or a drain. The far side gets RST_STREAM with `code`, the app an RST."""
+    def abort(self, error: DataplaneError | None, *, code: ErrorCode = ErrorCode.CONNECT_ERROR) -> None:
+        """Cut both ends, for a policy or a drain. The far side gets RST_STREAM with `code`, the app an RST.
+
+        The code is not CANCEL, which the other proxy would show its app as a normal end.
+        """
         if not self.closed:
             self._far.reset(code)
             self._close(error, reset=True)

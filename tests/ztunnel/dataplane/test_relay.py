@@ -294,7 +294,7 @@ def test_an_abort_cuts_both_ends_and_keeps_its_reason() -> None:
     relay.abort(PolicyChanged())
     relay.abort(PolicyChanged())
     settle(reactor)
-    assert far.code == ErrorCode.CANCEL
+    assert far.code == ErrorCode.CONNECT_ERROR
     assert sock.end == "reset"
     assert owner.ended == 1
     assert isinstance(owner.error, PolicyChanged)
