@@ -60,11 +60,10 @@ HANDSHAKES = Admission()
 class Turn:
     """A connection that was let in, or waits for it."""
 
-    __slots__ = ("_line", "_over", "address", "entered", "wake")
+    __slots__ = ("_line", "_over", "address", "entered")
 
-    def __init__(self, line: Line, address: str, wake: Callable[[], object]) -> None:
+    def __init__(self, line: Line, address: str) -> None:
         self.address = address
-        self.wake = wake
         self.entered = False
         """Its handshake may begin."""
         self._line = line
@@ -91,7 +90,7 @@ class Line:
         """Connections that wait."""
         self._admission = admission
         self._inside = 0
-        self._queues: dict[str, dict[Turn, None]] = {}
+        self._queues: dict[str, dict[Turn, Callable[[], object]]] = {}
 
     def join(self, address: str, wake: Callable[[], object]) -> Turn | None:
         """Enter, or wait for it; addresses take turns.
@@ -104,7 +103,7 @@ class Line:
             Its turn, to be left however it ends; None when too many wait.
         """
         admission = self._admission
-        turn = Turn(self, address, wake)
+        turn = Turn(self, address)
         queue = self._queues.get(address, {})
         if not queue and admission.enter(address):
             turn.entered = True
@@ -112,7 +111,7 @@ class Line:
             return turn
         if not self._inside or self.waiting >= admission.waiting or len(queue) >= admission.waiting_per_address:
             return None
-        queue[turn] = None
+        queue[turn] = wake
         self._queues[address] = queue
         self.waiting += 1
         return turn
@@ -124,23 +123,26 @@ class Line:
             return
         self._admission.leave(turn.address)
         self._inside -= 1
-        while (woken := self._next()) is not None:
-            woken.wake()
+        while (wake := self._next()) is not None:
+            wake()
 
-    def _next(self) -> Turn | None:
+    def _next(self) -> Callable[[], object] | None:
         """Let in one that waits, if there is room for any."""
         for address, queue in self._queues.items():
             if self._admission.enter(address):
                 turn = next(iter(queue))
                 turn.entered = True
                 self._inside += 1
-                self._take(turn)
-                return turn
+                wake = self._take(turn)
+                if queue:
+                    self._queues[address] = self._queues.pop(address)  # behind the other addresses
+                return wake
         return None
 
-    def _take(self, turn: Turn) -> None:
-        queue = self._queues.pop(turn.address)
-        del queue[turn]
+    def _take(self, turn: Turn) -> Callable[[], object]:
+        queue = self._queues[turn.address]
+        wake = queue.pop(turn)
         self.waiting -= 1
-        if queue:
-            self._queues[turn.address] = queue  # behind the other addresses
+        if not queue:
+            del self._queues[turn.address]
+        return wake

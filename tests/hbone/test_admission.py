@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
+
 from hbone.admission import Admission, Line, Turn
 
 
@@ -63,6 +66,28 @@ def test_who_gives_up_is_passed_over() -> None:
     assert server.line.waiting == 1
     first.leave()
     assert (server.woken, third.entered, server.admission.count) == (["c"], True, 1)
+
+
+def test_an_address_keeps_its_place_when_one_of_it_gives_up() -> None:
+    server = Server(Admission(1, 1))
+    for name in ("a0", "b1", "b2", "c1"):
+        server.accept(name[0], name)
+    server.turns["b1"].leave()
+    server.turns["a0"].leave()
+    assert server.woken == ["b2"]
+
+
+def test_a_turn_does_not_keep_whom_it_woke() -> None:
+    line = Line(Admission(1, 1))
+    first = line.join("10.0.0.1", list)
+    woken: list[int] = []
+    waits = line.join("10.0.0.1", wake := functools.partial(woken.append, 1))
+    held = weakref.ref(wake)
+    del wake
+    assert first is not None
+    first.leave()
+    assert waits is not None
+    assert (waits.entered, woken, held()) == (True, [1], None)
 
 
 def test_a_turn_is_left_once() -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Hashable
 
+    from hbone.admission import Turn
     from hbone.config import ConnectionConfig
     from hbone.engine.flow import WindowBudget
     from hbone.events import Headers
@@ -74,7 +75,7 @@ class Inbound:
         budget: what receive windows may grow by, of the process.
         recall: which certificates were taken back.
         transparent: applications see the client's own address.
-        admission: handshakes at once, in all and by address.
+        admission: handshakes at once, and connections that wait for theirs, in all and by address.
     """
 
     def __init__(
@@ -101,9 +102,10 @@ class Inbound:
         self._budget = budget
         self._recall = recall
         recall.members.append(("destination", lambda: self.tunnels))
-        self.room = WaitingRoom(plane.reactor, admission or Admission(), self._begin)
+        admission = admission or Admission(waiting=1024, waiting_per_address=256)
+        self.room = WaitingRoom(plane.reactor, admission, self._begin)
         """Connections that wait for their turn to shake hands."""
-        self._shaking: dict[Tunnel, str] = {}
+        self._shaking: dict[Tunnel, Turn] = {}
         self._restraints: dict[Tunnel, Restraint] = {}
         self._response: tuple[Workload, Headers] | None = None
         self._plans: dict[Tunnel, dict[Hashable, InboundPlan]] = {}
@@ -116,19 +118,19 @@ class Inbound:
         """A connection to 15008."""
         self.room.enter(sock, peer, str(peer[0]))
 
-    def _begin(self, sock: socket.SocketType, peer: Address, source: str) -> None:
+    def _begin(self, sock: socket.SocketType, peer: Address, turn: Turn) -> None:
         plane = self.plane
         plane.metrics.socket_opened("destination")
         identity = self._identities.current()
         if identity is not None:
-            self._shake_hands(sock, peer, source, identity)
+            self._shake_hands(sock, peer, turn, identity)
         else:
             try:
-                plane.reactor.start_task(self._fetch_and_shake_hands, sock, peer, source)
+                plane.reactor.start_task(self._fetch_and_shake_hands, sock, peer, turn)
             except RuntimeError as exc:
-                self._refuse(sock, peer, source, IdentityUnavailable(str(exc)))
+                self._refuse(sock, peer, turn, IdentityUnavailable(str(exc)))
 
-    async def _fetch_and_shake_hands(self, sock: socket.SocketType, peer: Address, source: str) -> None:
+    async def _fetch_and_shake_hands(self, sock: socket.SocketType, peer: Address, turn: Turn) -> None:
         error: DataplaneError = IdentityUnavailable("cancelled")
         identity: Identity | None = None
         self.waiting += 1
@@ -139,20 +141,20 @@ class Inbound:
         finally:
             self.waiting -= 1
             if identity is None:
-                self._refuse(sock, peer, source, error)
+                self._refuse(sock, peer, turn, error)
         if identity is not None:
-            self._shake_hands(sock, peer, source, identity)
+            self._shake_hands(sock, peer, turn, identity)
 
-    def _refuse(self, sock: socket.SocketType, peer: Address, source: str, error: DataplaneError) -> None:
-        self.room.leave(source)
+    def _refuse(self, sock: socket.SocketType, peer: Address, turn: Turn, error: DataplaneError) -> None:
+        turn.leave()
         self.plane.metrics.socket_closed("destination")
         self.plane.log.early_deny(INBOUND, peer, self.plane.calls.local_address(sock), error)
         self.plane.reactor.close(sock)
 
-    def _shake_hands(self, sock: socket.SocketType, peer: Address, source: str, identity: Identity) -> None:
+    def _shake_hands(self, sock: socket.SocketType, peer: Address, turn: Turn, identity: Identity) -> None:
         plane = self.plane
         if self.draining and not self._released:
-            self._refuse(sock, peer, source, ConnectFailed("the proxy is stopping"))
+            self._refuse(sock, peer, turn, ConnectFailed("the proxy is stopping"))
             return
         own = identity.svid.id
         try:
@@ -165,19 +167,19 @@ class Inbound:
                 now=plane.reactor.now,
             )
         except HboneError as exc:
-            self._refuse(sock, peer, source, TlsSetupFailed(str(exc)))
+            self._refuse(sock, peer, turn, TlsSetupFailed(str(exc)))
             return
         local = plane.calls.local_address(sock)
         tunnel = Tunnel(plane.reactor, plane.calls, sock, endpoint, self, peer, connected=True)
         self.tunnels[tunnel] = local
         self._plans[tunnel] = {}
-        self._shaking[tunnel] = source
+        self._shaking[tunnel] = turn
 
     def tunnel_established(self, tunnel: Tunnel) -> None:
         """The peer proved who it is."""
         if not self._recall.allows(tunnel, "destination"):
             return
-        self.room.leave(self._shaking.pop(tunnel))
+        self._shaking.pop(tunnel).leave()
         if self.draining:
             tunnel.drain()
 
@@ -187,9 +189,9 @@ class Inbound:
         del self._plans[tunnel]
         self._restraints.pop(tunnel, None)
         self.plane.metrics.socket_closed("destination")
-        source = self._shaking.pop(tunnel, None)
-        if source is not None:
-            self.room.leave(source)
+        turn = self._shaking.pop(tunnel, None)
+        if turn is not None:
+            turn.leave()
             if isinstance(error, PeerRevoked):
                 self._recall.refused("destination")
             self.plane.log.early_deny(INBOUND, tunnel.address, local, error or TlsFailed("the connection was closed"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,16 +14,26 @@ from hbone.admission import Admission
 from ztunnel.dataplane.waitingroom import WaitingRoom
 
 if TYPE_CHECKING:
+    import socket
+
+    from hbone.admission import Turn
     from ztunnel.dataplane.reactor import Reactor
+    from ztunnel.mesh.address import Address
 
 PEER = at("10.0.0.1:1")
 
 
 class Room:
-    def __init__(self, admission: Admission, **limits: int) -> None:
+    def __init__(self, admission: Admission) -> None:
         self.reactor: Reactor = scripted_reactor()
+        self.admission = admission
         self.begun: list[str] = []
-        self.room = WaitingRoom(self.reactor, admission, lambda _, __, source: self.begun.append(source), **limits)
+        self.room = WaitingRoom(self.reactor, admission, self._begin)
+        self._turns: list[Turn] = []
+
+    def _begin(self, _: socket.SocketType, __: Address, turn: Turn) -> None:
+        self.begun.append(turn.address)
+        self._turns.append(turn)
 
     def come(self, source: str) -> ScriptedSocket:
         sock: Any = ScriptedSocket()
@@ -30,8 +42,13 @@ class Room:
         closed: ScriptedSocket = sock
         return closed
 
+    def leave_now(self, source: str) -> None:
+        turn = next(turn for turn in self._turns if turn.address == source)
+        self._turns.remove(turn)
+        turn.leave()
+
     def leave(self, source: str) -> None:
-        self.room.leave(source)
+        self.leave_now(source)
         self.reactor.turn(())
 
 
@@ -63,9 +80,9 @@ def test_addresses_take_turns_when_all_are_too_many() -> None:
     assert here.begun == ["a", "a", "a", "b", "a"]
 
 
-@pytest.mark.parametrize("limits", [{"limit": 2}, {"per_address": 2}])
+@pytest.mark.parametrize("limits", [{"waiting": 2}, {"waiting_per_address": 2}])
 def test_what_waits_is_bounded(limits: dict[str, int]) -> None:
-    here = Room(Admission(limit=10, per_address=1), **limits)
+    here = Room(Admission(limit=10, per_address=1, **limits))
     sockets = [here.come("a") for _ in range(5)]
     assert [sock.closed for sock in sockets] == [False, False, False, True, True]
 
@@ -90,3 +107,36 @@ def test_closing_leaves_nobody_waiting() -> None:
     here.reactor.turn(())
     assert [sock.closed for sock in sockets] == [False, True, False, True]
     assert here.room.count == 0
+
+
+def test_what_waited_begins_in_the_next_turn_and_not_within_the_leaving() -> None:
+    here = Room(Admission(limit=10, per_address=1))
+    here.come("a")
+    here.come("a")
+    here.leave_now("a")
+    assert (here.begun, here.room.count) == (["a"], 1)
+    here.reactor.turn(())
+    assert (here.begun, here.room.count) == (["a", "a"], 0)
+
+
+def test_closing_before_the_turn_begins_nothing_and_keeps_no_place() -> None:
+    here = Room(Admission(limit=10, per_address=1))
+    sockets = [here.come("a") for _ in range(3)]
+    here.leave_now("a")
+    here.room.close()
+    here.reactor.turn(())
+    assert [sock.closed for sock in sockets] == [False, True, True]
+    assert (here.begun, here.room.count, here.admission.count) == (["a"], 0, 0)
+
+
+def test_what_waited_is_freed_without_the_collector_of_cycles() -> None:
+    gc.disable()
+    try:
+        here = Room(Admission(limit=10, per_address=1))
+        sockets = [weakref.ref(here.come("a")) for _ in range(3)]
+        here.leave("a")
+        here.room.close()
+        here.leave("a")
+        assert [sock() for sock in sockets] == [None, None, None]
+    finally:
+        gc.enable()
