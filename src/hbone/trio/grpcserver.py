@@ -19,9 +19,11 @@ from hbone.engine.flow import WindowBudget
 from hbone.errors import ConnectionLost, HboneError
 from hbone.grpc import Call, GrpcConfig, GrpcError, Metadata, ServerConnection, StatusCode
 from hbone.tls import IoBuffer, TlsConnection, TlsContext
+from hbone.trio.entrance import Entrance
 from hbone.trio.grpctransport import CHUNK, Transport
 
 if TYPE_CHECKING:
+    from hbone.admission import Turn
     from hbone.identity import SpiffeId
 
 __all__ = ["GrpcCall", "GrpcServer", "Handler", "ServerStatistics"]
@@ -130,7 +132,7 @@ class ServerStatistics:
     """Open now, handshakes included."""
     accepted: int = 0
     refused: int = 0
-    """Closed at once, because there were too many."""
+    """Closed before their handshake, because there were too many."""
     handshakes_failed: int = 0
     calls: int = 0
     """Open now."""
@@ -146,7 +148,8 @@ class GrpcServer:
         max_connections: open at once; one more is closed.
         max_connections_per_address: of them, from one address.
         receive_budget: bytes of large messages (over 64 KiB) that may be in the receiving at once, in all calls.
-        admission: limits on handshakes at once.
+        admission: limits of handshakes at once, by default 512, and 32 of one address. What is over waits its turn,
+            unread, for at most as long as a handshake may take.
     """
 
     def __init__(
@@ -162,7 +165,7 @@ class GrpcServer:
         self.handlers = handlers
         self.config = config or GrpcConfig()
         self.statistics = ServerStatistics()
-        self._admission = admission or Admission()
+        self._entrance = Entrance(admission or Admission(), self.config.handshake_timeout, _log)
         self._open = Admission(max_connections, max_connections_per_address)
         self._budget = WindowBudget(receive_budget)
         self._buffer = IoBuffer(CHUNK)
@@ -206,6 +209,7 @@ class GrpcServer:
         """Accept no more, and end each connection when its calls have, or when their grace is over."""
         self._draining = True
         self._accepting.cancel()
+        self._entrance.close()
         for connection in list(self._connections):
             connection.drain()
 
@@ -218,11 +222,18 @@ class GrpcServer:
             await trio.aclose_forcefully(stream)
             return
         self.statistics.connections += 1
+        turn: Turn | None = None
         try:
-            await self._serve(stream, context, host)
+            turn = await self._entrance.enter(host)
+            if turn is None:
+                self.statistics.refused += 1
+            else:
+                await self._serve(stream, context, host, turn)
         except Exception:
             _log.exception("a gRPC connection failed")
         finally:
+            if turn is not None:
+                turn.leave()
             self._open.leave(host)
             self.statistics.connections -= 1
             with trio.CancelScope(shield=True):  # forcefully: does not wait
@@ -252,7 +263,7 @@ class GrpcServer:
                 continue
             connections.start_soon(self.serve_stream, stream, context)
 
-    async def _serve(self, stream: trio.abc.Stream, context: TlsContext, host: str) -> None:
+    async def _serve(self, stream: trio.abc.Stream, context: TlsContext, host: str, turn: Turn) -> None:
         async with trio.open_nursery() as nursery:
 
             def on_call(call: Call) -> None:
@@ -265,9 +276,6 @@ class GrpcServer:
                 self._buffer,
                 on_call,
             )
-            if not self._admission.enter(host):
-                self.statistics.refused += 1
-                return
             try:
                 await connection.handshake()
             except HboneError as error:
@@ -275,7 +283,7 @@ class GrpcServer:
                 _log.info("TLS handshake with %s failed: %s", host or "a client", error)
                 return
             finally:
-                self._admission.leave(host)
+                turn.leave()
             self._connections.add(connection)
             try:
                 if self._draining:

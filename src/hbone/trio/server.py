@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from hbone.admission import HANDSHAKES, Admission, Line
+from hbone.admission import HANDSHAKES, Admission
 from hbone.config import ConnectionConfig
 from hbone.endpoint import Endpoint
 from hbone.errors import ErrorCode, HboneError
 from hbone.recall import Recall
 from hbone.tls import TlsContext
 from hbone.trio.connection import Connection
+from hbone.trio.entrance import Entrance
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from hbone.admission import Turn
     from hbone.engine.flow import WindowBudget
     from hbone.identity import Authorizer, IdentitySource, RevocationSource, SpiffeId
     from hbone.trio.stream import HboneStream
@@ -161,11 +161,10 @@ class _Server:
         self._authorize = authorize
         self._config = config or ConnectionConfig()
         self._budget = budget
-        self._line = Line(admission)
+        self._entrance = Entrance(admission, self._config.handshake_timeout, _log)
         self._recall = Recall(TlsContext.server, revocations, self._cut)
         self._refused = refused
         self._connections: set[Connection] = set()
-        self._waiting: set[trio.Event] = set()
         self._draining = False
 
     async def serve_transport(self, transport: trio.abc.Stream) -> None:
@@ -190,15 +189,14 @@ class _Server:
     def drain(self) -> None:
         """GOAWAY to all."""
         self._draining = True
-        for came in self._waiting:
-            came.set()
+        self._entrance.close()
         for connection in list(self._connections):
             connection.drain()
 
     async def _serve(self, transport: trio.abc.Stream) -> None:
         address = _address(transport)
         came_at = trio.current_time()
-        turn = await self._enter(address)
+        turn = await self._entrance.enter(address)
         if turn is None:
             return
         try:
@@ -238,30 +236,6 @@ class _Server:
                 turn.leave()
         finally:
             turn.leave()
-
-    async def _enter(self, address: str) -> Turn | None:
-        """Wait until the handshake may begin; None when it may not."""
-        came = trio.Event()
-        turn = self._line.join(address, came.set)
-        if turn is None:
-            _log.warning("connection from %s closed: too many TLS handshakes at once", address or "a peer")
-            return None
-        if not turn.entered:
-            self._waiting.add(came)
-            try:
-                with trio.move_on_after(self._config.handshake_timeout):
-                    await came.wait()
-            except BaseException:
-                turn.leave()
-                raise
-            finally:
-                self._waiting.discard(came)
-        if turn.entered:
-            return turn
-        turn.leave()
-        if not self._draining:
-            _log.warning("connection from %s closed: its TLS handshake had no turn in time", address or "a peer")
-        return None
 
     async def _serve_stream(self, stream: HboneStream) -> None:
         try:

@@ -583,7 +583,7 @@ async def test_garbage_instead_of_tls_costs_only_its_own_connection(data: bytes)
 
 
 async def test_handshakes_and_connections_of_one_address_are_limited() -> None:
-    async with serving(admission=Admission(10, 3), max_connections_per_address=8) as site:
+    async with serving(admission=Admission(10, 3, waiting=0), max_connections_per_address=8) as site:
         async with AsyncExitStack() as stack:
             for _ in range(5):
                 await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", site.port))
@@ -599,6 +599,46 @@ async def test_handshakes_and_connections_of_one_address_are_limited() -> None:
                 async with site.client():
                     pytest.fail("connected")
             nursery.cancel_scope.cancel()
+
+
+async def _wait_for_connections(server: GrpcServer, number: int) -> None:
+    with trio.fail_after(30):
+        while server.statistics.connections < number:
+            await trio.sleep(0.01)
+
+
+async def test_the_33rd_handshake_of_an_address_waits_for_its_turn() -> None:
+    connected = trio.Event()
+
+    async def ask() -> None:
+        async with site.client() as client:
+            connected.set()
+            assert await client.unary(ECHO, b"x") == b"x"
+
+    async with serving(config=GrpcConfig(handshake_timeout=60)) as site, AsyncExitStack() as stack:
+        idle = [await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", site.port)) for _ in range(32)]
+        await _wait_for_connections(site.server, 32)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await _wait_for_connections(site.server, 33)
+            assert not connected.is_set()
+            await idle[0].aclose()
+        assert site.server.statistics.refused == 0
+
+
+async def test_who_waits_for_a_handshake_does_not_hold_up_a_drain() -> None:
+    server = GrpcServer({}, config=GrpcConfig(handshake_timeout=3600), admission=Admission(per_address=1))
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(server.serve, listeners, server_context)
+        port = listeners[0].socket.getsockname()[1]
+        async with await trio.open_tcp_stream("127.0.0.1", port):
+            await _wait_for_connections(server, 1)
+            async with await trio.open_tcp_stream("127.0.0.1", port) as waits:
+                await _wait_for_connections(server, 2)
+                server.drain()
+                with trio.fail_after(30):
+                    assert await waits.receive_some() == b""
 
 
 async def _keep_connected(site: Any, *, task_status: trio.TaskStatus[None]) -> None:
