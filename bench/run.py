@@ -291,8 +291,8 @@ async def _hostile(running: Stage, peer: Peer) -> AsyncIterator[dict[str, int]]:
         process.stdout.close()
 
 
-async def _until_known(running: Stage, what: str, count: int, timeout: float = 600.0) -> float:
-    """Wait until both our proxies know `count` of something; how long it took.
+async def _until_known(running: Stage, what: str, count: int, *, every: float = 0.2, timeout: float = 600.0) -> float:
+    """Wait until both our proxies know `count` of something, asking `every` so many seconds; how long it took.
 
     Raises:
         BenchError: they don't within `timeout` seconds.
@@ -305,7 +305,7 @@ async def _until_known(running: Stage, what: str, count: int, timeout: float = 6
                 status, body = await daemon.http(15000, "/status")
                 if status == 200 and json.loads(body)["mesh"][what] >= count:
                     del waiting[name]
-            await trio.sleep(0.2)
+            await trio.sleep(every)
         return time.perf_counter() - began
     raise BenchError(f"{count} {what} were not known to both proxies within {timeout:.0f} s")
 
@@ -328,7 +328,7 @@ async def _push(outcome: Outcome, running: Stage, load: LoadProcess, peer: Peer)
             file.rename(mesh.documents / file.name)
         progress(f"{count} workloads are pushed")
         try:
-            outcome.fact("push_s", OURS, await _until_known(running, "workloads", count))
+            outcome.fact("push_s", OURS, await _until_known(running, "workloads", count, every=1.0))
             outcome.fact("push_cpu_us", OURS, cpu(peer.pids).since(before).total / count * 1e6)
         finally:
             stop.touch()

@@ -112,7 +112,8 @@ def admin_app(view: AdminView) -> App:
 
     async def status(_: Request) -> Page:
         await view.refresh()
-        return Page.json(view.status())
+        found = jsonstream.with_rows(view.status())  # a hundred tunnels take longer than the data path should wait
+        return Page(content_type="application/json", write=lambda send: jsonstream.write(found, send))
 
     async def explain(request: Request) -> Page:
         destination = request.query.get("destination")

@@ -16,7 +16,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
-__all__ = ["ENTRIES", "Rows", "collect", "collect_pieces", "in_order", "write", "write_pieces"]
+__all__ = ["ENTRIES", "Rows", "collect", "collect_pieces", "in_order", "with_rows", "write", "write_pieces"]
 
 ENTRIES: Final = 32
 """Entries of lists that are made between two turns; about a millisecond's worth."""
@@ -41,6 +41,11 @@ class Rows:
     items: Iterable[Any]
     make: Callable[[Any], Any]
     named: bool = False
+
+
+def with_rows(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` with its lists as `Rows`."""
+    return {name: Rows(part, lambda entry: entry) if isinstance(part, list) else part for name, part in value.items()}
 
 
 def in_order(items: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[Any]:

@@ -25,6 +25,13 @@ async def test_the_text_is_that_of_the_standard_library(value: dict[str, Any]) -
     assert (await collect(value)).decode() == json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
+async def test_lists_that_become_rows_give_the_same_text() -> None:
+    value = {"tunnels": [{"peer": "a", "streams": []}, {"peer": None}], "mesh": {"policies": 1}, "pending": [], "pid": 7}
+    with_rows = jsonstream.with_rows(value)
+    assert isinstance(with_rows["tunnels"], jsonstream.Rows)
+    assert (await jsonstream.collect(with_rows)).decode() == json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
 async def test_rows_are_lists_or_objects_of_what_is_made_of_each() -> None:
     found = await collect(
         {
