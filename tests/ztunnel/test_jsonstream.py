@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import trio
 
-from ztunnel.jsonstream import CHUNK, ENTRIES, Rows, collect, in_order, write
+from ztunnel.jsonstream import CHUNK, ENTRIES, Rows, collect, in_order, with_rows, write
 
 ENTRY = {"name": 'a "b"\n\u2028', "list": [1, "x", [], {}], "none": None, "deep": {"b": 1.5, "a": True}}
 
@@ -26,10 +26,15 @@ async def test_the_text_is_that_of_the_standard_library(value: dict[str, Any]) -
 
 
 async def test_lists_that_become_rows_give_the_same_text() -> None:
-    value = {"tunnels": [{"peer": "a", "streams": []}, {"peer": None}], "mesh": {"policies": 1}, "pending": [], "pid": 7}
-    with_rows = jsonstream.with_rows(value)
-    assert isinstance(with_rows["tunnels"], jsonstream.Rows)
-    assert (await jsonstream.collect(with_rows)).decode() == json.dumps(value, indent=2, sort_keys=True) + "\n"
+    value = {
+        "tunnels": [{"peer": "a", "streams": []}, {"peer": None}],
+        "mesh": {"policies": 1},
+        "pending": [],
+        "pid": 7,
+    }
+    found = with_rows(value)
+    assert isinstance(found["tunnels"], Rows)
+    assert (await collect(found)).decode() == json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 async def test_rows_are_lists_or_objects_of_what_is_made_of_each() -> None:
