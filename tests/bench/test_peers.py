@@ -143,7 +143,7 @@ def test_sizes_stay_below_what_the_machine_lets_open() -> None:
     options = parser().parse_args(["--loopback"])
     assert plan_of(options, 1 << 20).idle_streams == 10_000
     assert plan_of(options, 4096).idle_streams == 4096 - 1500
-    assert plan_of(parser().parse_args(["--loopback", "--quick"]), 1 << 20).idle_streams == 1000
+    assert plan_of(parser().parse_args(["--loopback", "--quick"]), 1 << 20).idle_streams == 500
 
 
 @pytest.mark.parametrize("arguments", [["--publish", "--quick"], ["--publish", "--loopback"], ["--rounds", "0"]])
