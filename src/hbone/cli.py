@@ -222,7 +222,8 @@ def _run(function: Callable[..., Awaitable[int]], *arguments: Any) -> int:
     import trio
 
     try:
-        return trio.run(function, *arguments)
+        # At a checkpoint only: elsewhere Ctrl-C would leave coroutines behind, of which Python then warns.
+        return trio.run(function, *arguments, restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseExceptionGroup as group:
         leaves = list(_leaves(group))
         for leaf in leaves:
