@@ -377,11 +377,10 @@ class DiscoveryClient:
         self._synced.add(url)
         if not answer.HasField("error_detail"):
             self._acknowledged.add(url)
-        if self.in_sync:
-            self._stale_since = None
         if self._acknowledged.issuperset(self.needed):
             self.ready.set()
         if self.in_sync:
+            self._stale_since = None
             self._applied()  # not before: workloads without their policies are no picture to start from
 
     async def other_type(self, raw: bytes, url: str, nonce: str) -> discovery_pb2.DeltaDiscoveryRequest:
