@@ -2,6 +2,8 @@
 
 The data path calls OpenSSL's `SSL_read`, `SSL_write`, `BIO_read` and `BIO_write` on reused buffers: no exception for
 each WANT_READ, no object and no copy for each record.
+
+A long file, because the same connection by pyOpenSSL's public methods alone stands beside it, and may take its place.
 """
 
 from __future__ import annotations
@@ -263,9 +265,8 @@ class TlsConnection:
         """
         if nbytes >= _LENT and self._done and not _bio_pending(self._into, _NULL):
             # A copy to OpenSSL's own memory, which it clears before, would cost more than this.
-            into = lib.BIO_new_mem_buf(buffer.c, nbytes)
-            lib.BIO_set_mem_eof_return(into, -1)  # its end is no end of the connection
-            self._read_from(into)
+            self._read_from(lib.BIO_new_mem_buf(buffer.c, nbytes))
+            lib.BIO_set_mem_eof_return(self._into, -1)  # its end is no end of the connection
             self._lent = buffer
             return
         if self._lent is not None:

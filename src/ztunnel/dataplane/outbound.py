@@ -2,6 +2,8 @@
 
 In the common case the whole way from `accept` to the CONNECT frame is one callback: the workload is known, the route
 is chosen, and a tunnel stands. A Trio task is started only to wait for the control plane or for a name.
+
+A long file, because each step of a connection's way may fail, be tried again, or find it gone.
 """
 
 from __future__ import annotations
