@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hbone.identity import Identity
     from ztunnel.errors import DataplaneError
 
-__all__ = ["CountingCalls", "Host", "Lines", "Pair", "counts", "echo", "open_pair", "reset"]
+__all__ = ["CountingCalls", "Host", "Lines", "Pair", "counts", "echo", "exactly", "open_pair", "reset"]
 
 _hosts = itertools.count(1)
 CA = TestCa()
@@ -237,6 +237,14 @@ async def echo(stream: trio.SocketStream) -> None:
     async for data in stream:
         await stream.send_all(data)
     await stream.send_eof()
+
+
+async def exactly(stream: trio.SocketStream, nbytes: int) -> bytes:
+    """So many bytes; fewer when it ends before."""
+    data = b""
+    while len(data) < nbytes and (chunk := await stream.receive_some(nbytes - len(data))):
+        data += chunk
+    return data
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,6 @@
-"""Two connections of `hbone.trio` joined in memory."""
+"""What the tests of the adapters share: identities, an admission that is watched, and two connections of `hbone.trio`
+joined in memory.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 import trio.testing
 
+from hbone.admission import Admission
 from hbone.endpoint import Endpoint
 from hbone.errors import HboneError
 from hbone.testing.ca import TestCa
@@ -33,6 +36,17 @@ def ca() -> TestCa:
 def who(name: str) -> Identity:
     """An identity of namespace shop."""
     return ca().identity("shop", name)
+
+
+class Watched(Admission):
+    """Counts whom it did not let in at once."""
+
+    kept_out = 0
+
+    def enter(self, address: str) -> bool:
+        entered = super().enter(address)
+        self.kept_out += not entered
+        return entered
 
 
 class Tunnels:

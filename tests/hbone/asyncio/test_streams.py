@@ -12,7 +12,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pytest
-from tests.support.tunnels import ca, who
+from tests.support.tunnels import Watched, ca, who
 
 import hbone
 import hbone.asyncio
@@ -501,19 +501,9 @@ async def test_too_many_handshakes_of_one_address_are_closed_at_once() -> None:
         await nobody_shakes_hands(admission)
 
 
-class Watched(Admission):
-    """Counts whom it did not let in at once."""
-
-    kept_out = 0
-
-    def enter(self, address: str) -> bool:
-        entered = super().enter(address)
-        self.kept_out += not entered
-        return entered
-
-    async def keeps_out(self) -> None:
-        while not self.kept_out:
-            await asyncio.sleep(0)
+async def keeps_out(admission: Watched) -> None:
+    while not admission.kept_out:
+        await asyncio.sleep(0)
 
 
 @under_asyncio
@@ -522,7 +512,7 @@ async def test_handshakes_over_the_limit_wait_for_their_turn() -> None:
     async with serving(admission=admission) as (port, _), hbone.asyncio.ConnectionPool(source_of("web")) as pool:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         dial = asyncio.create_task(pool.connect("10.0.0.7:8080", via=("127.0.0.1", port), peer=ORDERS))
-        await admission.keeps_out()
+        await keeps_out(admission)
         for _, each in silent:
             each.close()
         reader, writer = await dial
@@ -540,7 +530,7 @@ async def kept_waiting(**options: Any) -> AsyncIterator[asyncio.StreamReader]:
     async with serving(admission=admission, **options) as (port, _):
         _, shaking = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        await admission.keeps_out()
+        await keeps_out(admission)
         yield reader
     while admission.count > 1:
         await asyncio.sleep(0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 import trio.testing
-from tests.support.tunnels import ca, who
+from tests.support.tunnels import Watched, ca, who
 
 import hbone
 import hbone.trio
@@ -117,20 +117,10 @@ async def test_too_many_handshakes_of_one_address_are_closed_at_once() -> None:
             assert admission.count == 0
 
 
-class Watched(Admission):
-    """Counts whom it did not let in at once."""
-
-    kept_out = 0
-
-    def enter(self, address: str) -> bool:
-        entered = super().enter(address)
-        self.kept_out += not entered
-        return entered
-
-    async def keeps_out(self) -> None:
-        with trio.fail_after(30):
-            while not self.kept_out:
-                await trio.sleep(0.01)
+async def keeps_out(admission: Watched) -> None:
+    with trio.fail_after(30):
+        while not admission.kept_out:
+            await trio.sleep(0.01)
 
 
 async def test_handshakes_over_the_limit_wait_for_their_turn() -> None:
@@ -145,7 +135,7 @@ async def test_handshakes_over_the_limit_wait_for_their_turn() -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
-            await admission.keeps_out()
+            await keeps_out(admission)
             await idle[0].aclose()
         assert admission.count == 1
         await idle[1].aclose()
@@ -159,7 +149,7 @@ async def kept_waiting(**options: Any) -> AsyncIterator[trio.SocketStream]:
     async with serving(admission=admission, **options) as port:
         shaking = await trio.open_tcp_stream("127.0.0.1", port, local_address="127.0.0.2")
         stream = await trio.open_tcp_stream("127.0.0.1", port)
-        await admission.keeps_out()
+        await keeps_out(admission)
         yield stream
     with trio.fail_after(30):
         while admission.count > 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import pytest
 import trio
-from tests.support.pair import Pair, open_pair, reset
+from tests.support.pair import Pair, exactly, open_pair, reset
 from tests.support.sizes import size
 
 from ztunnel.mesh import parse_ip
@@ -134,13 +134,6 @@ async def socks5(pair: Pair) -> trio.SocketStream:
     )
     assert await exactly(stream, 12) == b"\x05\x00" + b"\x05\x00\x00\x01" + bytes(6)
     return stream
-
-
-async def exactly(stream: trio.SocketStream, nbytes: int) -> bytes:
-    data = b""
-    while len(data) < nbytes and (chunk := await stream.receive_some(nbytes - len(data))):
-        data += chunk
-    return data
 
 
 @pytest.mark.parametrize("seed", range(size(20, 2)))

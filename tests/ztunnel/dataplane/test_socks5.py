@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 from tests.support.mesh import service
-from tests.support.pair import Pair, echo, open_pair
+from tests.support.pair import Pair, echo, exactly, open_pair
 
 from ztunnel.mesh import Endpoint
 
@@ -32,16 +32,6 @@ def request(host: str, port: int, *, command: int = 1) -> bytes:
     except OSError:
         address = b"\x03" + bytes([len(host)]) + host.encode()
     return bytes((5, command, 0)) + address + port.to_bytes(2, "big")
-
-
-async def exactly(stream: trio.SocketStream, nbytes: int) -> bytes:
-    data = b""
-    while len(data) < nbytes:
-        chunk = await stream.receive_some(nbytes - len(data))
-        if not chunk:
-            break
-        data += chunk
-    return data
 
 
 async def ask(pair: Pair, *parts: bytes) -> tuple[trio.SocketStream, bytes, bytes]:
