@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["CountingCalls", "Host", "Lines", "Pair", "counts", "echo", "exactly", "open_pair", "reset"]
 
 _hosts = itertools.count(1)
+_ports = itertools.cycle(range(20_000, 30_000))
 CA = TestCa()
 
 
@@ -40,6 +41,14 @@ def fresh_ip() -> str:
     """A loopback address that no other test uses, in this process or beside it."""
     number = next(_hosts)
     return f"127.{100 + os.getpid() % 100}.{number // 250}.{number % 250 + 1}"
+
+
+def fresh_port() -> int:
+    """A port for an application, below those that the kernel gives.
+
+    Ztunnels under test have theirs of the kernel, and lead nobody to a port of their own on a loopback address.
+    """
+    return next(_ports)
 
 
 class Lines(AccessLog):
@@ -172,9 +181,9 @@ class Pair:
         self.client.calls.destination = (parse_ip(self.server.ip), self.app_port)
         return await trio.open_tcp_stream(*self.client.outbound)
 
-    async def serve(self, handler: Callable[[trio.SocketStream], Awaitable[object]], port: int = 0) -> int:
+    async def serve(self, handler: Callable[[trio.SocketStream], Awaitable[object]]) -> int:
         """The server's application."""
-        listeners = await trio.open_tcp_listeners(port, host=self.server.ip)
+        listeners = await trio.open_tcp_listeners(fresh_port(), host=self.server.ip)
 
         async def guarded(stream: trio.SocketStream) -> None:
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):

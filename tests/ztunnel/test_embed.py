@@ -10,6 +10,7 @@ import trio
 from tests.support.control_plane import ScriptedControlPlane, ScriptedStream
 from tests.support.daemon import CA, Resource, settings
 from tests.support.gateway import Gateway
+from tests.support.pair import fresh_port
 
 import ztunnel
 from hbone.errors import ConfigurationError, ErrorCode
@@ -189,7 +190,7 @@ async def test_workload_that_takes_no_tunnels_is_reached_by_plain_tcp(nursery: t
         async for data in stream:
             await stream.send_all(data)
 
-    listeners = await trio.open_tcp_listeners(0, host="127.91.7.9")
+    listeners = await trio.open_tcp_listeners(fresh_port(), host="127.91.7.9")
     await nursery.start(trio.serve_listeners, serve, listeners)
     port = listeners[0].socket.getsockname()[1]
     async with side("alpha", ALPHA, resources=(*MESH, described("old", "127.91.7.9", tunnels=False))) as alpha:
@@ -269,7 +270,7 @@ async def test_peer_that_does_not_answer_tunnels_is_not_reached_in_plaintext(nur
     async def serve(stream: trio.SocketStream) -> None:
         reached.append(stream)
 
-    listeners = await trio.open_tcp_listeners(0, host=BETA)
+    listeners = await trio.open_tcp_listeners(fresh_port(), host=BETA)
     await nursery.start(trio.serve_listeners, serve, listeners)
     async with side("alpha", ALPHA) as alpha:
         with pytest.raises(ConnectFailed):

@@ -16,6 +16,7 @@ import trio
 from tests.support.control_plane import Authority, ScriptedControlPlane
 from tests.support.daemon import Running, running, settings, workload
 from tests.support.faults import FAULTS, Plane, faulty, lost
+from tests.support.pair import fresh_port
 from tests.support.standing import line, printed
 
 from ztunnel.mesh import ADDRESS_TYPE, AUTHORIZATION_TYPE
@@ -77,7 +78,7 @@ async def application() -> AsyncIterator[int]:
                 await stream.send_all(part)
 
     async with trio.open_nursery() as nursery:
-        listeners = await trio.open_tcp_listeners(0, host=BETA)
+        listeners = await trio.open_tcp_listeners(fresh_port(), host=BETA)
         await nursery.start(trio.serve_listeners, echo, listeners)
         yield listeners[0].socket.getsockname()[1]
         nursery.cancel_scope.cancel()

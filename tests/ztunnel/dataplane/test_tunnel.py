@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 from tests.support.compiled import stand_in
-from tests.support.pair import CA, Lines, Pair, echo, make_host, open_pair, reset
+from tests.support.pair import CA, Lines, Pair, echo, fresh_port, make_host, open_pair, reset
 
 from hbone.engine import frames
 from hbone.engine.frames import FrameType
@@ -201,7 +201,7 @@ async def test_a_connect_without_an_answer_is_given_up(pair: Pair) -> None:
 async def test_a_stream_that_dies_cancels_the_dial_to_the_application(pair: Pair) -> None:
     async with await warm(pair):
         with contextlib.ExitStack() as stack:
-            deaf = stack.enter_context(socket.create_server((pair.server.ip, 0), backlog=0))
+            deaf = stack.enter_context(socket.create_server((pair.server.ip, fresh_port()), backlog=0))
             for _ in range(3):  # its queue is full, so it answers no further SYN
                 filler = stack.enter_context(socket.socket())
                 filler.setblocking(False)
@@ -253,7 +253,7 @@ def test_the_whole_works_with_trio_as_a_guest() -> None:
         client.plane.start()
         server.plane.start()
         async with trio.open_nursery() as nursery:
-            listeners = await trio.open_tcp_listeners(0, host=server.ip)
+            listeners = await trio.open_tcp_listeners(fresh_port(), host=server.ip)
             port = listeners[0].socket.getsockname()[1]
             nursery.start_soon(trio.serve_listeners, echo, listeners)
             client.calls.destination = (parse_ip(server.ip), port)
