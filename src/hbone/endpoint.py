@@ -40,7 +40,7 @@ SMALL_PAYLOAD = 4096
 
 _RECORD = 16_384
 _FEED = 256 * 1024
-_QUIET = 2.0
+_QUIET = 1.0
 """Seconds after which a connection that hears nothing gives memory back, for others to take."""
 
 PLAINTEXT = IoBuffer(256 * 1024)

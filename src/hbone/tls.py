@@ -31,7 +31,7 @@ MAX_READS_WITHOUT_DATA = 50
 _RECORD_HEADER = 5
 _MAX_WRITE = 1 << 30
 _SMALL_WRITE = 1 << 14
-_LENT = 1 << 15  # ciphertext from here on is read where it stands
+_LENT = 1 << 15  # ciphertext from here on is bulk: read where it stands
 
 _ABOUT_CERTIFICATES = (
     "bad certificate",
@@ -86,6 +86,7 @@ class TlsConnection:
         "_done",
         "_failure",
         "_into",
+        "_keeps_buffer",
         "_lent",
         "_out",
         "_shut",
@@ -133,6 +134,7 @@ class TlsConnection:
         self._into: Any = self._connection._into_ssl
         self._out: Any = self._connection._from_ssl
         self._lent: IoBuffer | None = None  # whose memory `_into` reads, so that it stays
+        self._keeps_buffer = False
         # Else one read would work through any number of records that carry nothing.
         lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_AUTO_RETRY)
 
@@ -245,7 +247,6 @@ class TlsConnection:
 
     def _watch(self) -> None:
         self._connection.set_info_callback(self._check.on_info)
-        self._keep_read_buffer()
 
     # Receiving
 
@@ -254,6 +255,8 @@ class TlsConnection:
         if data:
             if self._lent is not None:
                 self._take_back()
+            if len(data) >= _LENT and self._done and not self._keeps_buffer:
+                self._keep_read_buffer()
             with _from_buffer(data) as source:
                 _bio_write(self._into, source, len(data))
 
@@ -264,6 +267,8 @@ class TlsConnection:
             TlsError: what was taken before was not read.
         """
         if nbytes >= _LENT and self._done and not _bio_pending(self._into, _NULL):
+            if not self._keeps_buffer:
+                self._keep_read_buffer()
             # A copy to OpenSSL's own memory, which it clears before, would cost more than this.
             self._read_from(lib.BIO_new_mem_buf(buffer.c, nbytes))
             lib.BIO_set_mem_eof_return(self._into, -1)  # its end is no end of the connection
@@ -424,14 +429,16 @@ class TlsConnection:
         self._into = connection._into_ssl = into
         self._out = connection._from_ssl = out
         self._lent = None
-        # In this mode OpenSSL gives up the buffer of 17 KiB that it reads records into, once a read finds none.
-        lib.SSL_set_mode(self._ssl, lib.SSL_MODE_RELEASE_BUFFERS)
+        if self._keeps_buffer:
+            lib.SSL_set_mode(self._ssl, lib.SSL_MODE_RELEASE_BUFFERS)
+            self._keeps_buffer = False
+        # OpenSSL gives up the 17 KiB that it reads records into once a read finds none; the last one may have had some.
         _clear_errors()
         lib.SSL_peek(self._ssl, _NOWHERE, 1)
-        self._keep_read_buffer()
 
     def _keep_read_buffer(self) -> None:
-        """The one that is written to is given up after each write, which costs nothing; a new one to read into does."""
+        """For bulk, where a new one for each record would cost; one for a few bytes costs nothing that shows."""
+        self._keeps_buffer = True
         lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_RELEASE_BUFFERS)
         lib.SSL_set_mode(self._ssl, 0)  # clearing alone does not reach the part of OpenSSL that reads
 
