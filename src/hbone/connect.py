@@ -11,7 +11,7 @@ import functools
 import ipaddress
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -32,26 +32,26 @@ __all__ = [
     "response_headers",
 ]
 
-MAX_AUTHORITY = 253 + 1 + 5
+MAX_AUTHORITY: Final = 253 + 1 + 5
 """Bytes of `:authority`: a DNS name, a colon and a port."""
-MAX_BAGGAGE = 8192
+MAX_BAGGAGE: Final = 8192
 """Bytes of all `baggage` fields together; more is ignored."""
-MAX_TELEMETRY = 1024
+MAX_TELEMETRY: Final = 1024
 """Bytes of `forwarded` and of `x-forwarded-network`; more is ignored."""
 
-_PORT = re.compile(r"[1-9][0-9]{0,4}")
-_IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
-_IPV6 = re.compile(r"[0-9a-fA-F:]{2,39}")
-_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-_NAME = re.compile(rb"[a-z0-9!#$%&'*+.^_`|~-]+")
-_VALUE = re.compile(rb"(?![ \t])[^\x00\r\n]*(?<![ \t])")
-_VISIBLE = re.compile(rb"[\t\x20-\x7e]*")
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_FORWARDED_VALUE = re.compile(r"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]+")  # visible, but none of " , ; \
-_FORWARDED_FOR = re.compile(rb'for="([0-9a-f.:\[\]]+)"')  # as it mostly is: an address alone
-_BAGGAGE_VALUE = re.compile(r"[\x21-\x2b\x2d-\x3c\x3e-\x7e]+")  # visible, but neither , nor =
-_REFUSED = frozenset(
+_PORT: Final = re.compile(r"[1-9][0-9]{0,4}")
+_IPV4: Final = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
+_IPV6: Final = re.compile(r"[0-9a-fA-F:]{2,39}")
+_LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_NAME: Final = re.compile(rb"[a-z0-9!#$%&'*+.^_`|~-]+")
+_VALUE: Final = re.compile(rb"(?![ \t])[^\x00\r\n]*(?<![ \t])")
+_VISIBLE: Final = re.compile(rb"[\t\x20-\x7e]*")
+_TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_FORWARDED_VALUE: Final = re.compile(r"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]+")  # visible, but none of " , ; \
+_FORWARDED_FOR: Final = re.compile(rb'for="([0-9a-f.:\[\]]+)"')  # as it mostly is: an address alone
+_BAGGAGE_VALUE: Final = re.compile(r"[\x21-\x2b\x2d-\x3c\x3e-\x7e]+")  # visible, but neither , nor =
+_REFUSED: Final = frozenset(
     {
         b"connection",
         b"content-length",
@@ -177,8 +177,8 @@ def _parse_authority(text: str | bytes) -> Authority:
     return Authority(host, int(port))
 
 
-_WORKLOAD_TYPES = {f"k8s.{kind}.name": kind for kind in ("deployment", "cronjob", "pod", "job")}
-_BAGGAGE_FIELDS = {
+_WORKLOAD_TYPES: Final = {f"k8s.{kind}.name": kind for kind in ("deployment", "cronjob", "pod", "job")}
+_BAGGAGE_FIELDS: Final = {
     "k8s.cluster.name": "cluster",
     "k8s.namespace.name": "namespace",
     "service.name": "service_name",
@@ -409,7 +409,7 @@ class ConnectRequest:
         return self.network is not None and self.network.lower() != network.lower()
 
 
-_TELEMETRY = frozenset({b"baggage", b"forwarded", b"traceparent", b"x-forwarded-network"})
+_TELEMETRY: Final = frozenset({b"baggage", b"forwarded", b"traceparent", b"x-forwarded-network"})
 
 
 def response_headers(baggage: Baggage | None = None) -> Headers:

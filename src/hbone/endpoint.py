@@ -15,7 +15,7 @@ still has, an alert or GOAWAY, and close the transport.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hbone.config import ConnectionConfig
 from hbone.engine import Engine
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 
 __all__ = ["FRAME_HEADER", "PLAINTEXT", "SMALL_PAYLOAD", "Endpoint"]
 
-FRAME_HEADER = 9
+FRAME_HEADER: Final = 9
 """Bytes that `send_from` needs free before a payload."""
-SMALL_PAYLOAD = 4096
+SMALL_PAYLOAD: Final = 4096
 """Payloads up to here are copied, so that those of one turn share a TLS record and its 22 bytes and one call."""
 
-_RECORD = 16_384
-_FEED = 256 * 1024
-_QUIET = 1.0
+_RECORD: Final = 16_384
+_FEED: Final = 256 * 1024
+_QUIET: Final = 1.0
 """Seconds after which a connection that hears nothing gives memory back, for others to take."""
 
-PLAINTEXT = IoBuffer(256 * 1024)
+PLAINTEXT: Final = IoBuffer(256 * 1024)
 """Decrypted bytes on their way to the sinks; one for the process, so an idle tunnel owns no large buffer."""
-_buffers = [PLAINTEXT]  # taken while in use: a second thread, or a tunnel inside a tunnel, makes itself another
+_buffers: Final = [PLAINTEXT]  # taken while in use: a second thread, or a tunnel inside a tunnel, makes itself another
 
-_NOTHING: list[Event] = []
+_NOTHING: Final[list[Event]] = []
 
 
 class Endpoint:

@@ -27,7 +27,7 @@ Rules for callers:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "EngineStatistics", "Sink", "WindowBudget"]
 
-_NEVER = math.inf
+_NEVER: Final = math.inf
 
 
 @attrs.frozen(kw_only=True)

@@ -7,7 +7,7 @@ event, resets one stream for a fault (`_fault`), or raises, which ends the conne
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hbone.engine import frames
 from hbone.engine.flow import widened
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAIN_PING", "KEEPALIVE_PING", "LAST_STREAM", "LIVENESS_PING", "Control"]
 
-KEEPALIVE_PING = b"hbonekpa"
-LIVENESS_PING = b"hboneliv"
-DRAIN_PING = b"hbonedrn"
-LAST_STREAM = 2**30
+KEEPALIVE_PING: Final = b"hbonekpa"
+LIVENESS_PING: Final = b"hboneliv"
+DRAIN_PING: Final = b"hbonedrn"
+LAST_STREAM: Final = 2**30
 """Stream id from which a connection is drained, so that another takes over long before the ids end."""
-_MAX_INTERIM = 8
+_MAX_INTERIM: Final = 8
 """1xx answers to one request."""
-_MAX_DEBUG = 256
+_MAX_DEBUG: Final = 256
 """Bytes of GOAWAY's debug data that are passed on or sent."""
-_UPDATE_UNIT = 64 * 1024
-_NEVER = math.inf
+_UPDATE_UNIT: Final = 64 * 1024
+_NEVER: Final = math.inf
 
 
 class Control(Outbound):

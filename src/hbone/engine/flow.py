@@ -10,13 +10,15 @@ Source: RFC 9113 §5.2, §6.9.
 
 from __future__ import annotations
 
+from typing import Final
+
 from hbone.config import MIB
 from hbone.engine.frames import MAX_WINDOW
 from hbone.errors import ErrorCode, LocalProtocolError, ProtocolError
 
 __all__ = ["GROWTH_INTERVAL", "ReceiveWindow", "WindowBudget", "widened"]
 
-GROWTH_INTERVAL = 1.0
+GROWTH_INTERVAL: Final = 1.0
 """Seconds within which half a window must have been used up for it to grow."""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hbone.enums import plain_members
 
@@ -41,28 +41,28 @@ __all__ = [
     "window_update",
 ]
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """First bytes of a client. Source: RFC 9113 §3.4."""
 
-HEADER = struct.Struct(">IBI")
+HEADER: Final = struct.Struct(">IBI")
 """The frame header in three words: length << 8 | type, flags, reserved bit and stream."""
-HEADER_SIZE = 9
-U32 = struct.Struct(">I")
-_SETTING = struct.Struct(">HI")
-_WINDOW_UPDATE = struct.Struct(">IBII")
-_GOAWAY = struct.Struct(">II")
+HEADER_SIZE: Final = 9
+U32: Final = struct.Struct(">I")
+_SETTING: Final = struct.Struct(">HI")
+_WINDOW_UPDATE: Final = struct.Struct(">IBII")
+_GOAWAY: Final = struct.Struct(">II")
 
-MAX_STREAM_ID = 2**31 - 1
-MAX_WINDOW = 2**31 - 1
-DEFAULT_WINDOW = 65_535
+MAX_STREAM_ID: Final = 2**31 - 1
+MAX_WINDOW: Final = 2**31 - 1
+DEFAULT_WINDOW: Final = 65_535
 """Window of a stream and of the connection before anyone says otherwise. Source: RFC 9113 §6.9.2."""
-DEFAULT_FRAME_SIZE = 16_384
+DEFAULT_FRAME_SIZE: Final = 16_384
 
-END_STREAM = 0x1
-ACK = 0x1
-END_HEADERS = 0x4
-PADDED = 0x8
-PRIORITY = 0x20
+END_STREAM: Final = 0x1
+ACK: Final = 0x1
+END_HEADERS: Final = 0x4
+PADDED: Final = 0x8
+PRIORITY: Final = 0x20
 
 
 @plain_members

@@ -10,24 +10,25 @@ Source: RFC 9113 §10.5.
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 from hbone.enums import plain_members
 from hbone.errors import ErrorCode, RemoteProtocolError
 
 __all__ = ["MAX_CONTINUATIONS", "MAX_GOAWAY_SIZE", "MAX_REPLIES", "MAX_REPLY_BYTES", "MAX_SETTINGS", "Flood", "Guard"]
 
-MAX_CONTINUATIONS = 4
+MAX_CONTINUATIONS: Final = 4
 """CONTINUATION frames of one header block."""
-MAX_SETTINGS = 32
+MAX_SETTINGS: Final = 32
 """Entries of one SETTINGS frame."""
-MAX_GOAWAY_SIZE = 4096
+MAX_GOAWAY_SIZE: Final = 4096
 """Bytes of one GOAWAY frame, of which all but eight are for people to read."""
-MAX_REPLIES = 1000
+MAX_REPLIES: Final = 1000
 """Frames that the peer made us queue and has not read."""
-MAX_REPLY_BYTES = 64 * 1024
+MAX_REPLY_BYTES: Final = 64 * 1024
 """Bytes of them."""
-_UPDATES_PER_FRAME = 10
-_BYTES_PER_EMPTY = 64
+_UPDATES_PER_FRAME: Final = 10
+_BYTES_PER_EMPTY: Final = 64
 
 
 @plain_members

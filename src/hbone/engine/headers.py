@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hpack.exceptions import HPACKError
 from hpack.hpack import decode_integer, encode_integer
@@ -30,26 +30,28 @@ if TYPE_CHECKING:
 
 __all__ = ["TABLE_SIZE", "BlockDecoder", "BlockEncoder", "HeaderBlock", "list_size", "request_fault", "response_status"]
 
-TABLE_SIZE = 4096
+TABLE_SIZE: Final = 4096
 """Bytes of the decoder's table, and the most that the encoder would ever use of the peer's. Source: RFC 7541 §4.2."""
-FIELD_OVERHEAD = 32
+FIELD_OVERHEAD: Final = 32
 """Bytes that a field counts beyond its name and value. Source: RFC 9113 §6.5.2."""
-_GIVE_UP = 4
+_GIVE_UP: Final = 4
 """How many times the limit a header list may be before decoding stops and the connection ends."""
 
-_STATUS_200 = b"\x88"
-_NAMES = {b":authority": b"\x01", b":method": b"\x02", b":status": b"\x08", b"forwarded": b"\x00\x09forwarded"}
+_STATUS_200: Final = b"\x88"
+_NAMES: Final = {b":authority": b"\x01", b":method": b"\x02", b":status": b"\x08", b"forwarded": b"\x00\x09forwarded"}
 """Literals without indexing, up to the value. Source: RFC 7541 §6.2.2, appendix A."""
 
-_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_BLANKS = b" \t"
-_FORBIDDEN = b"\r\n\0"
-_STATIC: Headers = HeaderTable.STATIC_TABLE
-_STATIC_SIZE = len(_STATIC)
-_STATUS = re.compile(rb"[1-9][0-9][0-9]")
-_ORDINARY = frozenset({b"baggage", b"forwarded", b"traceparent"})
-_CONNECTION_FIELDS = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
-_REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path"})
+_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_BLANKS: Final = b" \t"
+_FORBIDDEN: Final = b"\r\n\0"
+_STATIC: Final[Headers] = HeaderTable.STATIC_TABLE
+_STATIC_SIZE: Final = len(_STATIC)
+_STATUS: Final = re.compile(rb"[1-9][0-9][0-9]")
+_ORDINARY: Final = frozenset({b"baggage", b"forwarded", b"traceparent"})
+_CONNECTION_FIELDS: Final = frozenset(
+    {b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"}
+)
+_REQUEST_PSEUDO: Final = frozenset({b":method", b":scheme", b":authority", b":path"})
 
 
 class HeaderBlock(NamedTuple):

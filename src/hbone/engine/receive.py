@@ -8,7 +8,7 @@ A DATA frame is never waited for: what there is of it is handed over.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hbone.engine.control import Control
 from hbone.engine.frames import END_STREAM, HEADER, HEADER_SIZE, MAX_STREAM_ID, PADDED, PREFACE, FrameType
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Inbound"]
 
-_FIXED = {
+_FIXED: Final = {
     FrameType.PRIORITY: 5,
     FrameType.RST_STREAM: 4,
     FrameType.PING: 8,

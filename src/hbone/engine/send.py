@@ -6,7 +6,7 @@ already stands in the caller's buffer, so that header and payload are encrypted 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hbone.config import KIB
 from hbone.engine import frames
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["SEND_QUEUE", "Outbound"]
 
-SEND_QUEUE = 256 * KIB
+SEND_QUEUE: Final = 256 * KIB
 """Bytes that may wait in the queue before `send_capacity` says 0."""
-_REMEMBERED = 1024
+_REMEMBERED: Final = 1024
 """Streams that ended by a reset and are remembered, to tell what was on its way from what is wrong."""
-_NO_LIMIT = 2**32 - 1
-PEER_RESET = -1
+_NO_LIMIT: Final = 2**32 - 1
+PEER_RESET: Final = -1
 
 
 class Outbound:

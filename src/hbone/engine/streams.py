@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import Final
 
 from hbone.engine.flow import ReceiveWindow
 from hbone.enums import plain_members
@@ -64,7 +65,7 @@ class Input(enum.IntEnum):
 
 _S, _I = StreamState, Input
 
-TRANSITIONS: dict[tuple[StreamState, Input], tuple[StreamState, str]] = {
+TRANSITIONS: Final[dict[tuple[StreamState, Input], tuple[StreamState, str]]] = {
     (_S.IDLE, _I.SEND_CONNECT): (_S.REQUESTED, "RFC 9113 §8.5"),
     (_S.IDLE, _I.RECEIVE_CONNECT): (_S.RECEIVED, "RFC 9113 §8.5"),
     (_S.REQUESTED, _I.RECEIVE_INTERIM): (_S.REQUESTED, "RFC 9113 §8.1"),
@@ -103,7 +104,7 @@ TRANSITIONS: dict[tuple[StreamState, Input], tuple[StreamState, str]] = {
 }
 """What may happen, what it leads to, and who says so. Anything else is misuse of ours, or a fault of the peer's."""
 
-FAULTS: dict[tuple[StreamState, Input], tuple[ErrorCode, str]] = {
+FAULTS: Final[dict[tuple[StreamState, Input], tuple[ErrorCode, str]]] = {
     (_S.RECEIVED_ENDED, _I.RECEIVE_DATA): (ErrorCode.STREAM_CLOSED, "RFC 9113 §5.1"),
     (_S.RECEIVED_ENDED, _I.RECEIVE_END): (ErrorCode.STREAM_CLOSED, "RFC 9113 §5.1"),
     (_S.RECEIVED_ENDED, _I.RECEIVE_TRAILERS): (ErrorCode.STREAM_CLOSED, "RFC 9113 §5.1"),
@@ -120,12 +121,12 @@ FAULTS: dict[tuple[StreamState, Input], tuple[ErrorCode, str]] = {
 }
 """What the peer may not do, and the code with which its stream ends."""
 
-NEXT: tuple[tuple[StreamState | None, ...], ...] = tuple(
+NEXT: Final[tuple[tuple[StreamState | None, ...], ...]] = tuple(
     tuple(TRANSITIONS.get((state, how), (None,))[0] for how in Input) for state in StreamState
 )
 """The table by numbers, `NEXT[state][how]`, for every stream's way through it."""
-_WRITABLE = tuple(state in (_S.REQUESTED, _S.OPEN, _S.HALF_CLOSED_REMOTE) for state in StreamState)
-_READABLE = tuple(state in (_S.OPEN, _S.HALF_CLOSED_LOCAL) for state in StreamState)
+_WRITABLE: Final = tuple(state in (_S.REQUESTED, _S.OPEN, _S.HALF_CLOSED_REMOTE) for state in StreamState)
+_READABLE: Final = tuple(state in (_S.OPEN, _S.HALF_CLOSED_LOCAL) for state in StreamState)
 
 
 class Stream(ReceiveWindow):

@@ -7,7 +7,7 @@ for its key, and its failure is the failure of all of them: a peer that is down 
 from __future__ import annotations
 
 import collections
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from hbone.endpoint import Endpoint
 from hbone.errors import HboneError
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Dialer", "IdentitySource", "TunnelUser"]
 
-_PING_SECONDS = 3.0  # a tunnel that was silent for long has so long to answer before another is dialled
+_PING_SECONDS: Final = 3.0  # a tunnel that was silent for long has so long to answer before another is dialled
 
 
 class IdentitySource(Protocol):

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InnerDial", "InnerTunnel", "InnerTunnels", "InnerUser"]
 
-_BODY = READ_BUFFER.tail(HEADROOM)
+_BODY: Final = READ_BUFFER.tail(HEADROOM)
 _TRIES: Final = 3
 _FAREWELL_SECONDS: Final = 5.0  # that the gateway has to end its direction of a stream that we ended
 

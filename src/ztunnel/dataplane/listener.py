@@ -40,7 +40,7 @@ _OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUF
 _PROBE_SOURCE: Final = parse_ip("192.0.2.1")  # TEST-NET-1: nobody's
 _PROBE_SECONDS: Final = 0.5
 
-_log = get_logger("ztunnel.dataplane")
+_log: Final = get_logger("ztunnel.dataplane")
 
 
 class Listener:

@@ -22,7 +22,7 @@ import itertools
 import os
 import select
 import time
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
 
 import trio
 
@@ -38,22 +38,22 @@ __all__ = ["GONE", "READ", "READ_WRITE", "WRITE", "Reactor", "Timer"]
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_EDGE = select.EPOLLET
-READ = select.EPOLLIN | select.EPOLLRDHUP | _EDGE
+_EDGE: Final = select.EPOLLET
+READ: Final = select.EPOLLIN | select.EPOLLRDHUP | _EDGE
 """Tell when bytes, the peer's FIN or an error arrive."""
-READ_WRITE = READ | select.EPOLLOUT
+READ_WRITE: Final = READ | select.EPOLLOUT
 """The same, and when room to write comes back."""
-WRITE = select.EPOLLOUT
+WRITE: Final = select.EPOLLOUT
 """Bit of an event: room to write, or a connect that ended."""
-GONE = select.EPOLLHUP | select.EPOLLERR
+GONE: Final = select.EPOLLHUP | select.EPOLLERR
 """Bits of an event: the connection was reset or is closed both ways."""
 
-_BATCH = 256
-_HANDSHAKE_SECONDS = 0.001
-_TURNS_PER_CHECKPOINT = 32
-_SWEEP_SECONDS = 1.0
+_BATCH: Final = 256
+_HANDSHAKE_SECONDS: Final = 0.001
+_TURNS_PER_CHECKPOINT: Final = 32
+_SWEEP_SECONDS: Final = 1.0
 
-_log = get_logger("ztunnel.dataplane")
+_log: Final = get_logger("ztunnel.dataplane")
 
 
 class Timer:

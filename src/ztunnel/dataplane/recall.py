@@ -26,7 +26,7 @@ __all__ = ["Recall"]
 
 _SLICE_SECONDS: Final = 0.001
 
-log = get_logger("ztunnel.dataplane")
+log: Final = get_logger("ztunnel.dataplane")
 
 
 class Recall:

@@ -42,17 +42,17 @@ HEADROOM: Final = 9
 """Bytes kept free before a payload, for the header of its DATA frame."""
 CHUNK: Final = 64 * 1024
 """Bytes of one read at most, and so of one DATA frame that we send."""
-READ_BUFFER = IoBuffer(HEADROOM + CHUNK)
+READ_BUFFER: Final = IoBuffer(HEADROOM + CHUNK)
 """What every relay reads into; a far end takes or keeps all of it before it returns."""
 ENDS: Final = frozenset({ErrorCode.NO_ERROR, ErrorCode.CANCEL, ErrorCode.STREAM_CLOSED})
 """RST_STREAM codes that mean a normal end. Source: ztunnel's mapping of HTTP/2 to TCP."""
 
-_READS = 4  # of one callback, where each fills the buffer
-_BODY = memoryview(READ_BUFFER.array)[HEADROOM:]
-_HANGUP = select.EPOLLRDHUP | select.EPOLLHUP
-_ERROR = select.EPOLLERR
-_ANYTHING_ELSE = ~WRITE
-_QUEUE_LIMIT = 256 * 1024  # plain TCP: no window bounds the far side's queue, so this does
+_READS: Final = 4  # of one callback, where each fills the buffer
+_BODY: Final = memoryview(READ_BUFFER.array)[HEADROOM:]
+_HANGUP: Final = select.EPOLLRDHUP | select.EPOLLHUP
+_ERROR: Final = select.EPOLLERR
+_ANYTHING_ELSE: Final = ~WRITE
+_QUEUE_LIMIT: Final = 256 * 1024  # plain TCP: no window bounds the far side's queue, so this does
 
 
 class FarEnd(Protocol):
