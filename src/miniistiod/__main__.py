@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 EXTRA = {
     "google": "protobuf",
-    "hypercorn": "hypercorn",
+    "h11": "h11",
     "joserfc": "joserfc",
     "prometheus_client": "prometheus-client",
     "structlog": "structlog",

@@ -432,7 +432,7 @@ def test_a_damaged_file_of_the_last_run_is_passed_over(shell: Commands, tmp_path
     assert done.err == ""
 
 
-@pytest.mark.parametrize("package", ["google", "hypercorn", "prometheus_client", "structlog", "yaml"])
+@pytest.mark.parametrize("package", ["google", "h11", "prometheus_client", "structlog", "yaml"])
 @pytest.mark.parametrize("command", ["ztunnel", "miniistiod"])
 def test_a_missing_extra_is_named_with_its_remedy(command: str, package: str) -> None:
     script = f"import sys; sys.modules[{package!r}] = None; sys.argv = [{command!r}, 'version']\n"

@@ -1,8 +1,7 @@
 """An HTTP/1.1 server for a daemon's own pages: metrics, readiness, dumps.
 
-Hypercorn speaks HTTP, but a peer never reaches it directly. One bad connection can raise through its nursery and
-end the process, so every connection comes from our own accept loop and runs under a catch of its own; what leads
-to HTTP/2 (its preface, an `Upgrade`) and CONNECT is refused before Hypercorn acts on it; whatever waits has a limit.
+Every connection comes from one accept loop and runs under a catch of its own, so that a bad one costs only itself;
+whatever waits has a limit. `hbone.daemon.http1` is what happens on one.
 """
 
 from __future__ import annotations
@@ -15,19 +14,15 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import attrs
 import trio
 
 from hbone.config import KIB, MIB, between
+from hbone.daemon.http1 import Http1Connection, PeerGone
 from hbone.daemon.logs import get_logger
 from hbone.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from hypercorn.config import Config
-    from hypercorn.trio.tcp_server import TCPServer
-    from hypercorn.typing import AppWrapper
 
 __all__ = [
     "App",
@@ -195,7 +190,6 @@ class _Server:
                 try:
                     await trio.sleep_forever()
                 finally:
-                    # Hypercorn shields its sends: without this, a peer that does not read would delay the end.
                     for stream in self._open:
                         stream.socket.close()
         finally:
@@ -242,7 +236,8 @@ async def _serve_connection(app: _GuardedApp, stream: _BoundedStream, limits: Ht
     """One connection, under the catch that keeps its faults from the others."""
     try:
         if await _is_http1(stream, limits):
-            await _connection(app, stream, limits)
+            client, server = (_address(name) for name in (stream.socket.getpeername(), stream.socket.getsockname()))
+            await Http1Connection(app, stream, limits, client, server).run()
     except Exception as error:
         _log.debug("connection failed", error=repr(error))
     except BaseExceptionGroup as group:
@@ -259,10 +254,13 @@ async def _is_http1(stream: _BoundedStream, limits: HttpLimits) -> bool:
     return False
 
 
-class _NoSocket:
-    """What Hypercorn asks of a socket, for a stream that has none: no address."""
+def _address(name: Any) -> tuple[str, int] | None:
+    """Of TCP; that of a Unix socket is a path."""
+    return name[:2] if isinstance(name, tuple) else None
 
-    family = socket.AF_UNSPEC
+
+class _NoSocket:
+    """A socket for a stream that has none: no address."""
 
     def getpeername(self) -> None:
         return None
@@ -334,16 +332,14 @@ class _TooLarge(Exception):
 
 
 class _GuardedApp:
-    """The application, with its limits, in the form that Hypercorn calls."""
+    """The application, with its limits."""
 
     def __init__(self, app: App, limits: HttpLimits, hosts: Collection[str] | None) -> None:
         self._app = app
         self._limits = limits
         self._hosts = None if hosts is None else {"localhost", *(host.lower() for host in hosts)}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send, *_: Any) -> None:
-        if scope["type"] != "http":
-            return
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._hosts is not None and not _from_allowed_host(scope, self._hosts):
             await _answer(send, 403, "this name is not served here; use localhost or the address\n")
             return
@@ -360,7 +356,7 @@ class _GuardedApp:
 
         async def noted_send(message: Message) -> None:
             nonlocal started
-            started = True
+            started = started or message["type"] == "http.response.body"
             await send(message)
 
         status, text = 500, "internal error\n"
@@ -370,13 +366,19 @@ class _GuardedApp:
                 return
             except _TooLarge:
                 status, text = 413, f"the body is over {self._limits.body_bytes} bytes\n"
-            except Exception:
+            except Exception as error:
+                if _is_peers_end(error):
+                    raise
                 _log.exception("request failed", path=scope["path"])
         if scope_of_time.cancelled_caught:
             status, text = 504, f"no answer within {self._limits.request_seconds:g} seconds\n"
         if started:
             raise _Refused  # too late for a status: end the connection, so that the answer is seen to be cut
         await _answer(send, status, text)
+
+
+def _is_peers_end(error: Exception) -> bool:
+    return isinstance(error, PeerGone) or (isinstance(error, ExceptionGroup) and error.split(PeerGone)[1] is None)
 
 
 async def _answer(send: Send, status: int, text: str) -> None:
@@ -420,79 +422,3 @@ def _is_allowed_name(authority: bytes, allowed: Collection[str]) -> bool:
     except ValueError:
         return False
     return True  # an address, so no name was pointed here by someone else
-
-
-async def _connection(app: _GuardedApp, stream: _BoundedStream, limits: HttpLimits) -> None:
-    """Let Hypercorn speak HTTP/1.1 on one connection."""
-    server_class, config = _hypercorn(limits)
-    from hypercorn.trio.worker_context import WorkerContext
-
-    await server_class(cast("AppWrapper", app), config, WorkerContext(None), {}, cast(Any, stream))
-
-
-def _hypercorn(limits: HttpLimits) -> tuple[type[TCPServer], Config]:
-    """Hypercorn's connection class, without what leads out of HTTP/1.1. Imported at first use: it costs 10 MB."""
-    global _server_class
-    from hypercorn.config import Config
-
-    if _server_class is None:
-        _server_class = _make_server_class()
-    config = Config()
-    config.accesslog = None
-    config.errorlog = None
-    config.include_server_header = False
-    config.h11_max_incomplete_size = limits.header_bytes
-    config.keep_alive_timeout = limits.idle_seconds
-    config.keep_alive_max_requests = limits.requests
-    config.read_timeout = limits.read_seconds  # type: ignore[assignment]  # used as seconds, a float too
-    return _server_class, config
-
-
-_server_class: type[TCPServer] | None = None
-
-
-def _make_server_class() -> type[TCPServer]:
-    from hypercorn.events import Closed, Updated
-    from hypercorn.protocol.h11 import H11Protocol
-    from hypercorn.trio.tcp_server import TCPServer
-
-    class Http1Only(H11Protocol):
-        """Answers what is no plain request with an error instead of changing the protocol."""
-
-        async def _check_protocol(self, event: Any) -> None:
-            names = {bytes(name).lower() for name, _ in event.headers}
-            if event.method == b"CONNECT" or event.method == b"PRI":
-                await self._refuse(405)
-            if b"upgrade" in names or b"http2-settings" in names:
-                await self._refuse(400)
-
-        async def _refuse(self, status: int) -> None:
-            await self._send_error_response(status)
-            await self.send(Closed())
-            raise _Refused
-
-    class Http1Server(TCPServer):
-        """Hypercorn's connection with that protocol in place."""
-
-        async def protocol_send(self, event: Any) -> None:
-            if isinstance(event, Updated):
-                cast(Any, self.stream).idle = event.idle
-            await super().protocol_send(event)
-
-        async def _read_data(self) -> None:
-            made = self.protocol
-            made.protocol = Http1Only(
-                made.app,
-                made.config,
-                made.context,
-                made.task_group,
-                made.state,
-                made.ssl,
-                made.client,
-                made.server,
-                made.send,
-            )
-            await super()._read_data()
-            await self.idle_task.stop()  # else a connection that has ended would stay until its idle time is over
-
-    return Http1Server

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
 from hbone.daemon.http import HttpLimits, serve_asgi, unix_listener
 from hbone.errors import ConfigurationError
@@ -226,6 +225,92 @@ async def test_a_connection_over_the_limit_is_closed_when_all_are_being_answered
                 pass
 
 
+async def test_a_connection_ends_with_its_last_request() -> None:
+    async with serving(limits=HttpLimits(requests=2)) as served:
+        first, second = (await served.exchange(OK + OK + OK)).split(b"HTTP/1.1 200")[1:]
+        assert b"connection: close" not in first.lower()
+        assert b"connection: close" in second.lower()
+
+
+async def test_the_answer_to_head_has_no_body() -> None:
+    async with serving() as served:
+        answer = await served.exchange(LAST.replace(b"GET", b"HEAD"))
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.endswith(b"\r\n\r\n")
+
+
+async def test_a_peer_that_waits_to_be_asked_for_its_body_is_asked() -> None:
+    async with serving() as served, await served.open() as stream:
+        await stream.send_all(b"POST /x HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 100")
+        await stream.send_all(b"abc")
+        assert b"/x 3" in await stream.receive_some()
+
+
+async def test_a_peer_that_breaks_off_its_body_is_told_so() -> None:
+    async with serving() as served, await served.open() as stream:
+        await stream.send_all(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nab")
+        await stream.send_eof()
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 400")
+
+
+async def test_an_application_that_returns_without_an_answer_is_answered_for() -> None:
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/ready":
+            await page(scope, receive, send)
+
+    async with serving(silent) as served:
+        assert (await served.exchange(OK.replace(b"ready", b"x"))).startswith(b"HTTP/1.1 500")
+
+
+async def test_an_error_before_the_first_byte_of_a_body_still_has_its_status() -> None:
+    async with serving() as served:
+        assert (await served.exchange(OK.replace(b"ready", b"late"))).startswith(b"HTTP/1.1 500")
+
+
+async def test_an_application_learns_that_its_peer_has_gone() -> None:
+    told = trio.Event()
+
+    async def patient(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/ready":
+            await page(scope, receive, send)
+            return
+        assert (await receive())["type"] == "http.request"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        told.set()
+
+    async with serving(patient) as served:
+        async with await served.open() as stream:
+            await stream.send_all(OK.replace(b"ready", b"x"))
+            assert await stream.receive_some()
+        with trio.fail_after(10):
+            await told.wait()
+
+
+async def test_the_next_request_may_come_while_the_end_is_awaited() -> None:
+    async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
+        seen: list[str] = []
+
+        async def watch() -> None:
+            while "http.disconnect" not in seen:
+                seen.append((await receive())["type"])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await trio.testing.wait_all_tasks_blocked()
+            await page_end(send)
+        assert seen == ["http.request", "http.disconnect"]
+
+    async def page_end(send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async with serving(streaming) as served:
+        assert (await served.exchange(OK, OK + LAST)).count(b"done") == 3
+
+
 @pytest.mark.parametrize(
     ("host", "origin", "allowed"),
     [
@@ -297,8 +382,3 @@ async def test_running_out_of_descriptors_is_survived(monkeypatch: pytest.Monkey
         served = Served(listeners[0].socket.getsockname())
         assert (await served.exchange(LAST)).startswith(b"HTTP/1.1 200")
         nursery.cancel_scope.cancel()
-
-
-def test_hypercorn_is_imported_only_when_used() -> None:
-    code = "import sys, hbone.daemon.http; sys.exit('hypercorn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
