@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from cryptography import x509
 
-__all__ = ["DIRECT", "IoBuffer", "drain_error_queue", "ffi", "lib", "verify_callback"]
+__all__ = ["DIRECT", "IoBuffer", "drain_error_queue", "ffi", "info_callback", "lib", "verify_callback"]
 
 lib: Any = getattr(SSL, "_lib", None)
 ffi: Any = getattr(SSL, "_ffi", None)
@@ -40,6 +40,7 @@ _FUNCTIONS = (
     "SSL_peek",
     "SSL_read",
     "SSL_set_bio",
+    "SSL_set_info_callback",
     "SSL_set_mode",
     "SSL_write",
     "X509_STORE_CTX_get_current_cert",
@@ -63,7 +64,7 @@ _CONSTANTS = (
     "X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS",
     "X509_V_ERR_CERT_REJECTED",
 )
-_HANDLES = ("_ssl", "_into_ssl", "_from_ssl", "_reverse_mapping", "set_info_callback")
+_HANDLES = ("_ssl", "_into_ssl", "_from_ssl", "_reverse_mapping")
 
 
 def has_everything(library: Any, connection: Any) -> bool:
@@ -146,3 +147,16 @@ def verify_callback(judge: Callable[[SSL.Connection, x509.Certificate, int, int,
 
     # An exception in `called`, which a certificate that cannot be parsed may raise, counts as 0: refused.
     return ffi.callback("int (*)(int, X509_STORE_CTX *)", called, error=0, onerror=lambda *_: None)
+
+
+def info_callback(tell: Callable[[SSL.Connection, int], None]) -> Any:
+    """What OpenSSL calls as a handshake goes on: one for all connections, where pyOpenSSL makes each its own.
+
+    Keep the result for as long as a connection uses it. `tell` gets the connection and what happened; an exception in
+    it is ignored.
+    """
+
+    def called(ssl: Any, where: int, _: int) -> None:
+        tell(SSL.Connection._reverse_mapping[ssl], where)
+
+    return ffi.callback("void (*)(const SSL *, int, int)", called, onerror=lambda *_: None)

@@ -8,6 +8,7 @@ A long file, because the same connection by pyOpenSSL's public methods alone sta
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from OpenSSL import SSL
@@ -15,13 +16,13 @@ from OpenSSL import SSL
 from hbone.errors import ConfigurationError, PeerIdentityError, PeerRevokedError, TlsError
 from hbone.openssl import DIRECT, IoBuffer, drain_error_queue, ffi, lib
 from hbone.tlscontext import NoSharedProtocol, TlsContext, reason_of
-from hbone.tlspeer import PeerCheck
+from hbone.tlspeer import ON_INFO, PeerCheck
 
 if TYPE_CHECKING:
     from cryptography import x509
 
     from hbone.identity.spiffe import SpiffeId
-    from hbone.tlspeer import Authorize
+    from hbone.tlspeer import Authorize, Peer
 
 __all__ = ["MAX_READS_WITHOUT_DATA", "IoBuffer", "TlsConnection", "TlsContext"]
 
@@ -59,6 +60,10 @@ if DIRECT:
     _ZERO_RETURN = lib.SSL_ERROR_ZERO_RETURN
 
 
+def _shared(name: str | None) -> str | None:
+    return None if name is None else sys.intern(name)
+
+
 class TlsConnection:
     """One TLS connection.
 
@@ -89,6 +94,7 @@ class TlsConnection:
         "_keeps_buffer",
         "_lent",
         "_out",
+        "_peer",
         "_shut",
         "_ssl",
         "alpn",
@@ -113,6 +119,7 @@ class TlsConnection:
         self._done = False
         self._failure: TlsError | None = None
         self._shut = False
+        self._peer: Peer | None = None  # so that the next connection to it finds it
         self.closed_by_peer = False
         """The peer said close_notify: what it sent is complete. Source: RFC 8446 §6.1."""
         self.lost = False
@@ -233,20 +240,18 @@ class TlsConnection:
                 self._refuse(PeerIdentityError("the peer presented no certificate"))
         else:
             path = connection.get_verified_chain(as_cryptography=True)
-            if not check.accepted or path is None or path != check.path or path[0] != leaf:
+            if not check.accepted or path is None or tuple(path) != check.path or path[0] != leaf:
                 self._refuse(PeerIdentityError("the peer's certificate was not verified in this handshake"))
-            self.peer_id = check.peer_id
-            self.peer_chain = tuple(path[:-1]) or (leaf,)
-            self.peer_root = path[-1]
+            self._peer = peer = check.settle()
+            self.peer_id, self.peer_chain, self.peer_root = peer.id, peer.chain, peer.root
         self.alpn = alpn
-        self.cipher = connection.get_cipher_name()
-        self.group = connection.get_group_name()
-        check.path = []  # the same certificates, with all that was parsed of them
+        self.cipher = _shared(connection.get_cipher_name())
+        self.group = _shared(connection.get_group_name())
         self._watch()
         self._done = True
 
     def _watch(self) -> None:
-        self._connection.set_info_callback(self._check.on_info)
+        lib.SSL_set_info_callback(self._ssl, ON_INFO)
 
     # Receiving
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cryptography import x509
@@ -17,9 +18,9 @@ from hbone.identity.revocation import RevocationLists
 from hbone.identity.spiffe import SpiffeId, quoted
 from hbone.identity.svid import UNPARSABLE, TrustBundle, validity_problem
 from hbone.identity.verify import verify_peer_chain
-from hbone.openssl import DIRECT, ffi, lib, verify_callback
+from hbone.openssl import DIRECT, ffi, info_callback, lib, verify_callback
 
-__all__ = ["ON_VERIFY", "Authorize", "Expectation", "PeerCheck", "is_ip", "on_verify"]
+__all__ = ["ON_INFO", "ON_VERIFY", "Authorize", "Expectation", "Peer", "PeerCheck", "is_ip", "on_verify"]
 
 Authorize = Callable[[SpiffeId], bool]
 """Says whether a verified peer may go on."""
@@ -100,6 +101,27 @@ def _wrong_name(certificate: x509.Certificate, names: Iterable[str]) -> str:
     )
 
 
+class Peer:
+    """A peer that was verified; one object for all connections to whoever showed the same certificates."""
+
+    __slots__ = ("__weakref__", "chain", "id", "root")
+
+    def __init__(self, peer_id: SpiffeId | None, path: tuple[x509.Certificate, ...]) -> None:
+        self.id = peer_id
+        self.chain = path[:-1] or path
+        """Up to, without, the root; a leaf that is a root itself is both."""
+        self.root = path[-1]
+
+
+_peers: weakref.WeakValueDictionary[tuple[SpiffeId | None, tuple[x509.Certificate, ...]], Peer] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def _nobody(_: SpiffeId) -> bool:
+    return False
+
+
 class PeerCheck:
     """What the verification of one connection's peer came to; written by OpenSSL's callback."""
 
@@ -108,7 +130,7 @@ class PeerCheck:
     def __init__(self, expectation: Expectation, authorize: Authorize | None) -> None:
         self.expectation = expectation
         self.authorize = authorize
-        self.path: list[x509.Certificate] = []
+        self.path: tuple[x509.Certificate, ...] = ()
         self.problem: str | None = None
         self.revoked = False
         """The problem is a revocation."""
@@ -119,10 +141,24 @@ class PeerCheck:
         self.idle = 0
         """Messages of TLS itself since the last that carried data."""
 
-    def on_info(self, _: SSL.Connection, where: int, __: int) -> None:
+    def on_info(self, where: int) -> None:
         """OpenSSL tells of a handshake message after the handshake: KeyUpdate, or a ticket."""
         if where & SSL.SSL_CB_EXIT:
             self.idle += 1
+
+    def settle(self) -> Peer:
+        """The peer, once the handshake that verified it is complete; what only a handshake needs is let go.
+
+        Only what a verification has just produced is looked up here: no certificate is trusted for being known.
+        """
+        key = self.peer_id, self.path
+        peer = _peers.get(key)
+        if peer is None:
+            peer = _peers[key] = Peer(*key)
+        self.peer_id = peer.id
+        self.path = ()
+        self.authorize = _nobody
+        return peer
 
     def refuse(self, number: int, depth: int, certificate: x509.Certificate) -> None:
         """OpenSSL found error `number` at `certificate`, `depth` steps above the leaf."""
@@ -134,7 +170,7 @@ class PeerCheck:
 
     def add(self, certificate: x509.Certificate, depth: int) -> bool:
         """OpenSSL found the path to be in order, and tells it from the root down to the leaf."""
-        self.path.insert(0, certificate)
+        self.path = (certificate, *self.path)
         if depth:
             return True
         try:
@@ -171,6 +207,15 @@ def on_verify(connection: SSL.Connection, certificate: crypto.X509, number: int,
 
 ON_VERIFY = verify_callback(_judge) if DIRECT else None
 """`on_verify` for OpenSSL itself."""
+
+
+def _on_info(connection: SSL.Connection, where: int) -> None:
+    check: PeerCheck = connection.get_app_data()
+    check.on_info(where)
+
+
+ON_INFO = info_callback(_on_info) if DIRECT else None
+"""`PeerCheck.on_info` for OpenSSL."""
 
 
 _CODES = SSL.X509VerificationCodes

@@ -92,6 +92,69 @@ def test_each_end_knows_the_other(kind: type[TlsConnection]) -> None:
         assert end.group
 
 
+def test_connections_to_one_peer_share_what_is_known_of_it(kind: type[TlsConnection]) -> None:
+    pairs = [joined(kind) for _ in range(3)]
+    for clients in ([client for client, _ in pairs], [server for _, server in pairs]):
+        assert len({id(end.peer_id) for end in clients}) == 1
+        assert len({id(end.peer_chain[0]) for end in clients}) == 1
+        assert len({id(end.peer_root) for end in clients}) == 1
+
+
+def test_a_new_certificate_of_the_same_peer_is_not_taken_for_the_old_one() -> None:
+    servers = []
+    for identity in (CLIENT, CA.identity("shop", "web"), CLIENT):
+        client, server = ends(client=identity)
+        assert join(client, server) == (None, None)
+        assert server.peer_chain == identity.svid.chain
+        servers.append(server)
+    assert servers[0].peer_chain is servers[2].peer_chain
+    assert servers[0].peer_chain != servers[1].peer_chain
+
+
+def test_a_peer_is_forgotten_with_its_last_connection() -> None:
+    identity = CA.identity("shop", "passing")
+    kept = [ends(client=identity) for _ in range(2)]
+    for client, server in kept:
+        assert join(client, server) == (None, None)
+    peer = weakref.ref(kept[0][1]._peer)
+    del client, server
+    kept.pop()
+    gc.collect()
+    assert peer() is not None
+    kept.pop()
+    gc.collect()
+    assert peer() is None
+
+
+def test_a_known_peer_is_verified_again() -> None:
+    joined()
+    refusing = TlsConnection(TlsContext.server(SERVER), server=True, authorize=lambda _: False)
+    client = ends()[0]
+    _, error = join(client, refusing)
+    assert isinstance(error, PeerIdentityError)
+    kept = joined()
+    revoked = RevocationLists([CA.crl(CLIENT.svid.leaf)])
+    strict = TlsConnection(TlsContext.server(SERVER, crls=revoked), server=True)
+    _, error = join(ends()[0], strict)
+    assert isinstance(error, PeerRevokedError)
+    assert kept[1].peer_id == CLIENT.id
+
+
+def test_what_asked_for_authorization_goes_with_the_handshake(kind: type[TlsConnection]) -> None:
+    class Asked:
+        def __call__(self, _: SpiffeId) -> bool:
+            return True
+
+    asked = Asked()
+    gone = weakref.ref(asked)
+    client, server = ends(kind)[0], kind(TlsContext.server(SERVER), server=True, authorize=asked)
+    assert join(client, server) == (None, None)
+    del asked
+    assert gone() is None
+    assert server._check.authorize is not None
+    assert not server._check.authorize(CLIENT.id)  # nobody passes any more
+
+
 def test_every_right_kind_of_key_works() -> None:
     for key in ("p256", "p384", "ed25519", "rsa2048"):
         identity = CA.identity("shop", "web", key=key)
@@ -345,7 +408,7 @@ def test_a_client_sends_no_certificate_to_a_server_that_it_refuses() -> None:
     server = ends()[1]
     join(client, server)
     assert server.peer_id is None
-    assert server._check.path == []
+    assert not server._check.path
 
 
 def test_a_fault_of_the_authorizer_refuses_and_is_raised(kind: type[TlsConnection]) -> None:
