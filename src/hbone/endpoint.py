@@ -279,6 +279,7 @@ class Endpoint:
             if self._trimmed_at != self.heard_at and now - self.heard_at > _QUIET:
                 self._trimmed_at = self.heard_at
                 self.tls.trim()
+                self.engine.trim(now)
             return self.engine.on_time(now)
         timeout = self.config.handshake_timeout
         if now < self.opened_at + timeout:

@@ -284,6 +284,11 @@ class Engine(Inbound):
             self._finish()
         return events
 
+    def trim(self, now: float) -> None:
+        """Let go of what the engine makes again when it is needed; for a connection that idles."""
+        self._decoder.trim()
+        self._guard.trim(now)
+
     def _late(self, now: float) -> tuple[ErrorCode, str] | None:
         config = self._config
         if now >= self._preface_deadline:

@@ -93,6 +93,14 @@ class Guard:
                 ErrorCode.ENHANCE_YOUR_CALM,
             )
 
+    def trim(self, now: float) -> None:
+        """Forget the buckets that are full again, as new ones are."""
+        for flood, bucket in list(self._buckets.items()):
+            if bucket.tokens + (now - bucket.at) * bucket.rate >= bucket.burst:
+                del self._buckets[flood]
+        if not self._buckets:
+            self._buckets = {}  # an emptied one keeps its room
+
     def count_update(self, now: float, sent_frames: int) -> None:
         """Count a WINDOW_UPDATE; ten come free with each of the DATA frames that we sent in all.
 

@@ -62,6 +62,9 @@ class HeaderBlock(NamedTuple):
     """Beyond the limits; `fields` holds only those within."""
 
 
+_NO_FIELDS = HeaderBlock((), too_large=False)
+
+
 def list_size(headers: Iterable[tuple[bytes, bytes]]) -> int:
     """Size of a header list in bytes. Source: RFC 9113 §6.5.2."""
     size = 0
@@ -124,9 +127,20 @@ class BlockDecoder:
     def __init__(self, max_size: int, max_fields: int) -> None:
         self._max_size = max_size
         self._max_fields = max_fields
-        self._table = HeaderTable()
+        self._table: HeaderTable | None = None  # made for the first field in it, as an empty one is 900 bytes
         self._last_block = b""
-        self._last = HeaderBlock((), too_large=False)
+        self._last = _NO_FIELDS
+
+    def trim(self) -> None:
+        """Forget the last block, which is kept for speed alone."""
+        self._last_block = b""
+        self._last = _NO_FIELDS
+
+    def _own_table(self) -> HeaderTable:
+        table = self._table
+        if table is None:
+            table = self._table = HeaderTable()
+        return table
 
     def decode(self, block: bytes) -> HeaderBlock:
         """Decode one whole block.
@@ -144,7 +158,6 @@ class BlockDecoder:
 
     def _decode(self, block: bytes) -> HeaderBlock:
         fields: list[tuple[bytes, bytes]] = []
-        table = self._table
         count = size = position = updates = 0
         fixed = True  # its meaning does not depend on the table, nor the table on it
         end = len(block)
@@ -160,14 +173,14 @@ class BlockDecoder:
                     name, value = _STATIC[index - 1]
                 else:
                     fixed = False
-                    name, value = table.get_by_index(index)
+                    name, value = self._own_table().get_by_index(index)
             elif first & 0x60 == 0x20:
                 fixed = False
                 updates += 1
                 new_size, position = _integer(block, position, 5)
                 if count or updates > 2 or new_size > TABLE_SIZE:
                     raise ValueError(f"a table size update to {new_size} is not allowed here")
-                table.maxsize = new_size
+                self._own_table().maxsize = new_size
                 continue
             else:
                 index = first & 0x3F if first & 0x40 else first & 0x0F
@@ -187,7 +200,7 @@ class BlockDecoder:
                     name = _STATIC[index - 1][0]
                 else:
                     fixed = False
-                    name = table.get_by_index(index)[0]
+                    name = self._own_table().get_by_index(index)[0]
                 length = block[position]
                 if length < 0x7F:
                     start = position + 1
@@ -199,7 +212,7 @@ class BlockDecoder:
                     raise ValueError("it ends within a string")
                 if first & 0x40:
                     fixed = False
-                    table.add(name, value)
+                    self._own_table().add(name, value)
             count += 1
             size += len(name) + len(value) + FIELD_OVERHEAD
             if size <= self._max_size and count <= self._max_fields:

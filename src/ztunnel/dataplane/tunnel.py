@@ -152,7 +152,7 @@ class Tunnel:
         self._sock = sock
         self._recv_into = sock.recv_into
         self._pending = bytearray()
-        self._waiting: collections.deque[StreamEnd] = collections.deque()
+        self._waiting: collections.deque[StreamEnd] | None = None  # made for the first, as an empty one is 760 bytes
         self._hangup = False
         self._queued = False
         self._ending: float | None = None  # it is closed once all was sent, or at that time
@@ -234,9 +234,12 @@ class Tunnel:
         """Resume the relay of `end` when the tunnel takes bytes again."""
         if not end.waits and not end.closed:
             end.waits = True
-            self._waiting.append(end)
-            if len(self._waiting) > _WAITING_LIMIT + 2 * len(self.streams):
-                self._waiting = collections.deque(end for end in self._waiting if not end.closed)
+            waiting = self._waiting
+            if waiting is None:
+                waiting = self._waiting = collections.deque()
+            waiting.append(end)
+            if len(waiting) > _WAITING_LIMIT + 2 * len(self.streams):
+                self._waiting = collections.deque(end for end in waiting if not end.closed)
 
     def forget(self, end: StreamEnd) -> None:
         """The stream is over."""
@@ -389,6 +392,8 @@ class Tunnel:
     def _serve_waiting(self) -> None:
         """Let each stream that waits send once; those that got nothing stay in front."""
         waiting = self._waiting
+        if not waiting:
+            return
         unserved: list[StreamEnd] = []
         for _ in range(len(waiting)):
             if self.blocked or self.closed:
@@ -489,7 +494,7 @@ class Tunnel:
         if self.closed:
             return
         self.closed = True
-        self._waiting.clear()
+        self._waiting = None
         self.reactor.unsweep(self)
         if error is None and not self._pending:
             close_when_delivered(self.reactor, self._calls, self._sock)

@@ -445,3 +445,21 @@ def test_a_bucket_fills_again_up_to_its_burst() -> None:
         guard.count(Flood.PING, 1e9)
     with pytest.raises(RemoteProtocolError):
         guard.count(Flood.PING, 1e9)
+
+
+def test_only_full_buckets_are_forgotten() -> None:
+    guard = Guard()
+    for turn in range(10):
+        for _ in range(19):
+            guard.count(Flood.PING, float(turn))
+        guard.trim(float(turn))
+    guard.trim(10.0)
+    guard.count(Flood.SETTINGS, 10.0)
+    for _ in range(10):  # the burst of 100, and 100 more in ten seconds, less 190
+        guard.count(Flood.PING, 10.0)
+    with pytest.raises(RemoteProtocolError, match="PING"):
+        guard.count(Flood.PING, 10.0)
+    guard.trim(11.0)
+    assert list(guard._buckets) == [Flood.PING]
+    guard.trim(21.0)
+    assert not guard._buckets
