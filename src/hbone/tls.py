@@ -32,7 +32,8 @@ MAX_READS_WITHOUT_DATA = 50
 _RECORD_HEADER = 5
 _MAX_WRITE = 1 << 30
 _SMALL_WRITE = 1 << 14
-_LENT = 1 << 15  # ciphertext from here on is bulk: read where it stands
+_BULK = 1 << 13  # ciphertext from here on has a buffer kept to read it into
+_LENT = 1 << 15  # and from here on is read where it stands
 
 _ABOUT_CERTIFICATES = (
     "bad certificate",
@@ -260,7 +261,7 @@ class TlsConnection:
         if data:
             if self._lent is not None:
                 self._take_back()
-            if len(data) >= _LENT and self._done and not self._keeps_buffer:
+            if len(data) >= _BULK and self._done and not self._keeps_buffer:
                 self._keep_read_buffer()
             with _from_buffer(data) as source:
                 _bio_write(self._into, source, len(data))
@@ -271,14 +272,15 @@ class TlsConnection:
         Raises:
             TlsError: what was taken before was not read.
         """
-        if nbytes >= _LENT and self._done and not _bio_pending(self._into, _NULL):
+        if nbytes >= _BULK and self._done:
             if not self._keeps_buffer:
                 self._keep_read_buffer()
-            # A copy to OpenSSL's own memory, which it clears before, would cost more than this.
-            self._read_from(lib.BIO_new_mem_buf(buffer.c, nbytes))
-            lib.BIO_set_mem_eof_return(self._into, -1)  # its end is no end of the connection
-            self._lent = buffer
-            return
+            if nbytes >= _LENT and not _bio_pending(self._into, _NULL):
+                # A copy to OpenSSL's own memory, which it clears before, would cost more than this.
+                self._read_from(lib.BIO_new_mem_buf(buffer.c, nbytes))
+                lib.BIO_set_mem_eof_return(self._into, -1)  # its end is no end of the connection
+                self._lent = buffer
+                return
         if self._lent is not None:
             self._take_back()
         _bio_write(self._into, buffer.c, nbytes)

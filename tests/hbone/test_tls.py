@@ -864,8 +864,8 @@ def allocated() -> int:
 def test_an_idle_connection_keeps_no_buffers() -> None:
     pairs = [joined() for _ in range(20)]
     for client, server in pairs:
-        exchange(client, server, b"x" * 40_000)
-        exchange(server, client, b"x" * 40_000)
+        exchange(client, server, b"x" * 20_000)
+        exchange(server, client, b"x" * 20_000)
     before = allocated()
     for client, server in pairs:
         client.trim()
