@@ -45,7 +45,7 @@ bench: $(STAMP) ## measure against no proxy and Envoy (ARGS=--quick for a minute
 
 compiled: $(COMPILED) ## the packages with their data path compiled, in build/compiled (needs gcc and Python's headers)
 
-$(COMPILED): $(STAMP) tools/compiled.py $(shell find src -name '*.py')
+$(COMPILED): $(STAMP) tools/compiled.py tools/native.py $(shell find src -name '*.py' -o -name '*.c')
 	@echo "make: compiling the data path (two minutes)" >&2
 	@rm -rf build/compiled
 	@HATCH_BUILD_HOOKS_ENABLE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/compiled .

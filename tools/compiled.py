@@ -1,5 +1,7 @@
 """The build hook of a wheel whose data path is compiled: mypyc makes machine code of the very same sources.
 
+And a C compiler makes some of the little C that there is, `hbone/_native.c`, which has its twin in Python.
+
 It is off unless asked for, so that `pip install` needs no C compiler:
 
 ```shell
@@ -52,8 +54,15 @@ def compile_modules(source: Path, names: list[str], directory: Path) -> list[Pat
         raise CompilationError(f"there is no C compiler {compiler}: apt-get install gcc, or build without the hook")
     shutil.copytree(source, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (directory / "mypy.ini").write_text(SETTINGS)
+    _run("mypyc", [sys.executable, "-c", "import sys, mypyc.__main__; mypyc.__main__.main()", *names], directory)
+    shutil.rmtree(directory / "build")
+    _run("the C compiler", [sys.executable, str(source.parent / "tools" / "native.py"), "hbone"], directory)
+    return sorted(directory.rglob("*.so"))
+
+
+def _run(name: str, command: list[str], directory: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, mypyc.__main__; mypyc.__main__.main()", *names],
+        command,
         cwd=directory,
         env={**os.environ, "MYPY_CONFIG_FILE_DIR": str(directory), "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
@@ -62,9 +71,7 @@ def compile_modules(source: Path, names: list[str], directory: Path) -> list[Pat
     )
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()[-OUTPUT_LINES:]
-        raise CompilationError("mypyc failed; its last lines: " + "\n".join(lines))
-    shutil.rmtree(directory / "build")
-    return sorted(directory.rglob("*.so"))
+        raise CompilationError(f"{name} failed; its last lines: " + "\n".join(lines))
 
 
 class CompiledDataPath(BuildHookInterface[Any]):

@@ -38,7 +38,6 @@ FRAME_HEADER: Final = 9
 SMALL_PAYLOAD: Final = 4096
 """Payloads up to here are copied, so that those of one turn share a TLS record and its 22 bytes and one call."""
 
-_RECORD: Final = 16_384
 _FEED: Final = 256 * 1024
 _QUIET: Final = 1.0
 """Seconds after which a connection that hears nothing gives memory back, for others to take."""
@@ -144,18 +143,12 @@ class Endpoint:
                 events = [HandshakeCompleted()]
             engine = self.engine
             size = buffer.size
-            got = 1
-            while got:
-                # One call of OpenSSL gives one record; the engine gets as many of them at once as there are.
-                filled = got = tls.read_into(buffer, 0, size)
-                while got and size - filled >= _RECORD:
-                    got = tls.has_ciphertext() and tls.read_into(buffer, filled, size - filled)
-                    filled += got
-                if not filled:
-                    break
+            while filled := tls.read_into(buffer, 0, size):
                 more = engine.receive_data(buffer.view[:filled], now)
                 if more:
                     events = events + more if events else more
+                if not tls.has_ciphertext():
+                    break
         except TlsError:
             self._failed = self.ended = self._ciphertext = True
             raise

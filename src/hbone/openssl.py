@@ -2,23 +2,49 @@
 
 They are not pyOpenSSL's public interface, so each name is looked for at import. `DIRECT` says whether all are there;
 where not, `hbone.tls` goes through pyOpenSSL's methods.
+
+Those of each read and write are here twice: in Python, through cffi, and in C (`_native.c`), which a compiled wheel
+has. A pointer is a cffi handle for the first and a number for the second; `pointer` makes either.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
 from OpenSSL import SSL, crypto
+
+try:
+    from hbone import _native as native
+except ImportError:
+    native = None  # type: ignore[assignment]  # not built: everything has its twin in Python
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cryptography import x509
 
-__all__ = ["DIRECT", "IoBuffer", "drain_error_queue", "ffi", "info_callback", "lib", "verify_callback"]
+__all__ = [
+    "DIRECT",
+    "NATIVE",
+    "NOWHERE",
+    "IoBuffer",
+    "drain_error_queue",
+    "ffi",
+    "info_callback",
+    "lib",
+    "pending",
+    "pointer",
+    "put",
+    "read_records",
+    "take",
+    "verify_callback",
+    "write_records",
+    "write_small",
+]
 
-lib: Any = getattr(SSL, "_lib", None)
-ffi: Any = getattr(SSL, "_ffi", None)
+lib: Final[Any] = getattr(SSL, "_lib", None)
+ffi: Final[Any] = getattr(SSL, "_ffi", None)
 
 _FUNCTIONS = (
     "BIO_free",
@@ -76,8 +102,72 @@ def has_everything(library: Any, connection: Any) -> bool:
     )
 
 
-DIRECT: bool = ffi is not None and has_everything(lib, SSL.Connection(SSL.Context(SSL.TLS_METHOD), None))
+DIRECT: Final[bool] = ffi is not None and has_everything(lib, SSL.Connection(SSL.Context(SSL.TLS_METHOD), None))
 """Whether OpenSSL's functions can be called directly."""
+
+_RECORD: Final = 1 << 14  # payload of a TLS record at most. RFC 8446 §5.1
+
+
+def _use_native() -> bool:
+    """Give `_native` its functions: of the same OpenSSL that pyOpenSSL calls. False: it cannot have them."""
+    if native is None or not DIRECT:
+        return False
+    try:
+        binding: Any = importlib.import_module("cryptography.hazmat.bindings._rust")._openssl
+        if binding.ffi is not ffi:
+            return False
+        native.use(*(_address(binding.ffi.addressof(binding.lib, name)) for name in native.FUNCTIONS))
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def _address(handle: Any) -> int:
+    return int(ffi.cast("uintptr_t", handle))
+
+
+NATIVE: Final[bool] = _use_native()
+"""Whether those of each read and write are the ones in C."""
+
+
+def _handle(handle: Any) -> Any:
+    return handle
+
+
+def _read_records(ssl: Any, into: Any, where: Any, room: int) -> int:
+    lib.ERR_clear_error()  # SSL_get_error looks at this thread's queue, whoever left something there
+    total = 0
+    while True:
+        nbytes: int = lib.SSL_read(ssl, where + total, room - total)
+        if nbytes <= 0:
+            error = lib.SSL_get_error(ssl, nbytes) if total else 0
+            if error == lib.SSL_ERROR_WANT_READ:
+                return total
+            return -1 - total if error == lib.SSL_ERROR_ZERO_RETURN else nbytes
+        total += nbytes
+        if room - total < _RECORD or not lib.BIO_get_mem_data(into, ffi.NULL):
+            return total
+
+
+pointer: Final[Any] = _address if NATIVE else _handle
+"""What the functions below take, of a handle of cffi's."""
+read_records: Final[Any] = native.read_records if NATIVE else _read_records
+"""Decrypt (ssl, into, where, room): as many records as are in the BIO `into` and fit whole; of one, if none does.
+
+Bytes; -1 - bytes when the peer said close_notify behind them; or what SSL_read said when there were none, or when
+OpenSSL failed.
+"""
+write_records: Final[Any] = native.write_records if NATIVE else getattr(lib, "SSL_write", None)
+"""Encrypt (ssl, where, nbytes). What SSL_write said."""
+write_small: Final[Any] = native.write_small if NATIVE else getattr(lib, "SSL_write", None)
+"""The same of a bytes object (ssl, data, nbytes)."""
+put: Final[Any] = native.put if NATIVE else getattr(lib, "BIO_write", None)
+"""Copy ciphertext in (into, where, nbytes)."""
+take: Final[Any] = native.take if NATIVE else getattr(lib, "BIO_read", None)
+"""Copy ciphertext out (out, where, room): bytes, or -1 when there are none."""
+pending: Final[Any] = native.pending if NATIVE else getattr(lib, "BIO_get_mem_data", None)
+"""Bytes of ciphertext in a BIO (bio, `NOWHERE`)."""
+NOWHERE: Final[Any] = pointer(ffi.NULL) if DIRECT else None
 
 
 class IoBuffer:
@@ -88,7 +178,7 @@ class IoBuffer:
         headroom: bytes before them, for a header to be written in place.
     """
 
-    __slots__ = ("array", "body", "c", "headroom", "size", "view")
+    __slots__ = ("array", "body", "c", "handle", "headroom", "size", "view")
 
     def __init__(self, size: int, headroom: int = 0) -> None:
         self.size = size
@@ -99,8 +189,10 @@ class IoBuffer:
         """All of it."""
         self.body = self.view[headroom:]
         """What stands behind the headroom."""
-        self.c: Any = ffi.from_buffer(self.array) if ffi is not None else None
-        """All of it, as OpenSSL wants it."""
+        self.handle: Any = ffi.from_buffer(self.array) if ffi is not None else None
+        """All of it, for cffi."""
+        self.c: Any = pointer(self.handle) if ffi is not None else None
+        """All of it, for the functions of each read and write."""
 
     def tail(self, start: int) -> IoBuffer:
         """What stands from byte `start` on, as a buffer of its own over the same memory."""
@@ -108,7 +200,8 @@ class IoBuffer:
         tail.size = len(self.array) - start
         tail.array = self.array
         tail.view = tail.body = self.view[start:]
-        tail.c = self.c + start if self.c is not None else None
+        if self.handle is not None:
+            tail.handle, tail.c = self.handle + start, self.c + start
         return tail
 
 

@@ -9,12 +9,26 @@ A long file, because the same connection by pyOpenSSL's public methods alone sta
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from OpenSSL import SSL
 
 from hbone.errors import ConfigurationError, PeerIdentityError, PeerRevokedError, TlsError
-from hbone.openssl import DIRECT, IoBuffer, drain_error_queue, ffi, lib
+from hbone.openssl import (
+    DIRECT,
+    NOWHERE,
+    IoBuffer,
+    drain_error_queue,
+    ffi,
+    lib,
+    pending,
+    pointer,
+    put,
+    read_records,
+    take,
+    write_records,
+    write_small,
+)
 from hbone.tlscontext import NoSharedProtocol, TlsContext, reason_of
 from hbone.tlspeer import ON_INFO, PeerCheck
 
@@ -26,16 +40,16 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_READS_WITHOUT_DATA", "IoBuffer", "TlsConnection", "TlsContext"]
 
-MAX_READS_WITHOUT_DATA = 50
+MAX_READS_WITHOUT_DATA: Final = 50
 """Records in a row that carry no data (KeyUpdate, tickets, empty ones) at which the connection is cut."""
 
-_RECORD_HEADER = 5
-_MAX_WRITE = 1 << 30
-_SMALL_WRITE = 1 << 14
-_BULK = 1 << 13  # ciphertext from here on has a buffer kept to read it into
-_LENT = 1 << 15  # and from here on is read where it stands
+_RECORD_HEADER: Final = 5
+_MAX_WRITE: Final = 1 << 30
+_SMALL_WRITE: Final = 1 << 14
+_BULK: Final = 1 << 13  # ciphertext from here on has a buffer kept to read it into
+_LENT: Final = 1 << 15  # and from here on is read where it stands
 
-_ABOUT_CERTIFICATES = (
+_ABOUT_CERTIFICATES: Final = (
     "bad certificate",
     "unsupported certificate",
     "certificate revoked",
@@ -46,19 +60,7 @@ _ABOUT_CERTIFICATES = (
     "access denied",
 )
 
-if DIRECT:
-    _ssl_read = lib.SSL_read
-    _ssl_write = lib.SSL_write
-    _ssl_get_error = lib.SSL_get_error
-    _bio_read = lib.BIO_read
-    _bio_write = lib.BIO_write
-    _bio_pending = lib.BIO_get_mem_data
-    _clear_errors = lib.ERR_clear_error
-    _from_buffer = ffi.from_buffer
-    _NULL = ffi.NULL
-    _NOWHERE = ffi.new("char[1]")
-    _WANT_READ = lib.SSL_ERROR_WANT_READ
-    _ZERO_RETURN = lib.SSL_ERROR_ZERO_RETURN
+_PEEKED: Final[Any] = ffi.new("char[1]") if DIRECT else None
 
 
 def _shared(name: str | None) -> str | None:
@@ -138,13 +140,14 @@ class TlsConnection:
         self._open()
 
     def _open(self) -> None:
-        self._ssl = self._connection._ssl
-        self._into: Any = self._connection._into_ssl
-        self._out: Any = self._connection._from_ssl
+        connection = self._connection
+        self._ssl: Any = pointer(connection._ssl)
+        self._into: Any = pointer(connection._into_ssl)
+        self._out: Any = pointer(connection._from_ssl)
         self._lent: IoBuffer | None = None  # whose memory `_into` reads, so that it stays
         self._keeps_buffer = False
         # Else one read would work through any number of records that carry nothing.
-        lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_AUTO_RETRY)
+        lib.SSL_clear_mode(connection._ssl, lib.SSL_MODE_AUTO_RETRY)
 
     # Handshake
 
@@ -252,7 +255,7 @@ class TlsConnection:
         self._done = True
 
     def _watch(self) -> None:
-        lib.SSL_set_info_callback(self._ssl, ON_INFO)
+        lib.SSL_set_info_callback(self._connection._ssl, ON_INFO)
 
     # Receiving
 
@@ -263,8 +266,8 @@ class TlsConnection:
                 self._take_back()
             if len(data) >= _BULK and self._done and not self._keeps_buffer:
                 self._keep_read_buffer()
-            with _from_buffer(data) as source:
-                _bio_write(self._into, source, len(data))
+            with ffi.from_buffer(data) as source:
+                put(self._into, pointer(source), len(data))
 
     def receive_from(self, buffer: IoBuffer, nbytes: int) -> None:
         """Take the first `nbytes` of ciphertext in `buffer`; read all of it before the buffer is used again. Hot path.
@@ -275,28 +278,31 @@ class TlsConnection:
         if nbytes >= _BULK and self._done:
             if not self._keeps_buffer:
                 self._keep_read_buffer()
-            if nbytes >= _LENT and not _bio_pending(self._into, _NULL):
+            if nbytes >= _LENT and not self.has_ciphertext():
                 # A copy to OpenSSL's own memory, which it clears before, would cost more than this.
-                self._read_from(lib.BIO_new_mem_buf(buffer.c, nbytes))
-                lib.BIO_set_mem_eof_return(self._into, -1)  # its end is no end of the connection
+                lent = lib.BIO_new_mem_buf(buffer.handle, nbytes)
+                self._read_from(lent)
+                lib.BIO_set_mem_eof_return(lent, -1)  # its end is no end of the connection
                 self._lent = buffer
                 return
         if self._lent is not None:
             self._take_back()
-        _bio_write(self._into, buffer.c, nbytes)
+        put(self._into, buffer.c, nbytes)
 
     def _take_back(self) -> None:
         """Read from OpenSSL's own memory again."""
-        if _bio_pending(self._into, _NULL):
+        if self.has_ciphertext():
             self._fail(TlsError("ciphertext was received before what came earlier was read"))
         self._read_from(lib.BIO_new(lib.BIO_s_mem()))
         self._lent = None
 
     def _read_from(self, into: Any) -> None:
-        if into == _NULL:
+        if into == ffi.NULL:
             raise MemoryError
-        lib.SSL_set_bio(self._ssl, into, self._out)  # frees the one before
-        self._into = self._connection._into_ssl = into
+        connection = self._connection
+        lib.SSL_set_bio(connection._ssl, into, connection._from_ssl)  # frees the one before
+        connection._into_ssl = into
+        self._into = pointer(into)
 
     def receive_eof(self) -> None:
         """The transport ended; call it when all was read. Sets `lost` where no close_notify came before."""
@@ -306,41 +312,50 @@ class TlsConnection:
         """Decrypt into `buffer` from `offset` on. Hot path.
 
         Returns:
-            Bytes, up to `limit` and at most one record's 16 KiB. 0: there is no more until more ciphertext comes,
-            or the peer said close_notify (`closed_by_peer`).
+            Bytes, up to `limit`, of as many records as fit whole (of one, if none does). 0: there is no more until
+            more ciphertext comes, or the peer said close_notify (`closed_by_peer`).
 
         Raises:
             TlsError: a broken record, an alert of the peer's, or too many records without data.
         """
-        _clear_errors()  # SSL_get_error looks at this thread's queue, whoever left something there
-        nbytes: int = _ssl_read(self._ssl, buffer.c + offset, limit)
+        nbytes: int = read_records(self._ssl, self._into, buffer.c + offset, limit)
         if nbytes > 0:
             self._check.idle = 0
             return nbytes
+        if nbytes < -1:
+            return self._read_last(nbytes)
         return self._read_nothing(buffer, offset, limit, nbytes)
 
     def has_ciphertext(self) -> bool:
         """Whether there is more to decrypt. Hot path: asking costs less than a `read_into` that gives 0."""
-        return bool(_bio_pending(self._into, _NULL))
+        return bool(pending(self._into, NOWHERE))
 
     def _read_nothing(self, buffer: IoBuffer, offset: int, limit: int, nbytes: int) -> int:
         check = self._check
         while True:
-            error = _ssl_get_error(self._ssl, nbytes)
-            if error != _WANT_READ:
-                return self._read_end(error == _ZERO_RETURN, "" if error == _ZERO_RETURN else drain_error_queue())
+            error = lib.SSL_get_error(self._connection._ssl, nbytes)
+            if error != lib.SSL_ERROR_WANT_READ:
+                closed = error == lib.SSL_ERROR_ZERO_RETURN
+                return self._read_end(closed, "" if closed else drain_error_queue())
             if check.idle >= MAX_READS_WITHOUT_DATA:
                 self._flooded()
-            if not _bio_pending(self._into, _NULL):
+            if not self.has_ciphertext():
                 return 0
             # A record without data was before the rest.
             told = check.idle
-            nbytes = _ssl_read(self._ssl, buffer.c + offset, limit)
+            nbytes = read_records(self._ssl, self._into, buffer.c + offset, limit)
             if nbytes > 0:
                 check.idle = 0
                 return nbytes
-            if check.idle == told and _bio_pending(self._into, _NULL):
+            if nbytes < -1:
+                return self._read_last(nbytes)
+            if check.idle == told and self.has_ciphertext():
                 check.idle += 1
+
+    def _read_last(self, nbytes: int) -> int:
+        """The peer said close_notify behind these."""
+        self.closed_by_peer = True
+        return -1 - nbytes
 
     def _read_end(self, closed: bool, reason: str) -> int:
         if closed:
@@ -369,13 +384,13 @@ class TlsConnection:
         """
         size = len(data)
         if 0 < size <= _SMALL_WRITE:
-            if _ssl_write(self._ssl, bytes(data), size) != size:  # the copy is cheaper than a handle on a bytearray
+            if write_small(self._ssl, bytes(data), size) != size:  # the copy is cheaper than a handle on a bytearray
                 self._write_failed()
             return
         if not data:
             return
-        with _from_buffer(data) as source:
-            self._encrypt(source, 0, len(data))
+        with ffi.from_buffer(data) as source:
+            self._encrypt(pointer(source), 0, len(data))
 
     def write_from(self, buffer: IoBuffer, start: int, nbytes: int) -> None:
         """Encrypt `nbytes` of `buffer` from `start` on, where they stand. Hot path.
@@ -383,12 +398,12 @@ class TlsConnection:
         Raises:
             TlsError: the connection has failed, or was shut down.
         """
-        if _ssl_write(self._ssl, buffer.c + start, nbytes) != nbytes and nbytes:
+        if write_records(self._ssl, buffer.c + start, nbytes) != nbytes and nbytes:
             self._write_failed()
 
     def _encrypt(self, source: Any, start: int, end: int) -> None:
         while start < end:
-            done = _ssl_write(self._ssl, source + start, min(end - start, _MAX_WRITE))
+            done = write_records(self._ssl, source + start, min(end - start, _MAX_WRITE))
             if done <= 0:
                 self._write_failed()
             start += done
@@ -409,7 +424,7 @@ class TlsConnection:
         Returns:
             Bytes; less than `buffer.size` means that there is no more, 0 that there was none.
         """
-        nbytes: int = _bio_read(self._out, buffer.c, buffer.size)
+        nbytes: int = take(self._out, buffer.c, buffer.size)
         return nbytes if nbytes > 0 else 0
 
     def shutdown(self) -> None:
@@ -424,30 +439,32 @@ class TlsConnection:
 
     def trim(self) -> None:
         """Give back the memory that bursts left behind; for a connection that idles. Without effect on data."""
-        if _bio_pending(self._into, _NULL) or _bio_pending(self._out, _NULL):
-            return
         connection = self._connection
+        if self.has_ciphertext() or pending(self._out, NOWHERE):
+            return
         into, out = lib.BIO_new(lib.BIO_s_mem()), lib.BIO_new(lib.BIO_s_mem())
-        if into == _NULL or out == _NULL:
+        if into == ffi.NULL or out == ffi.NULL:
             lib.BIO_free(into)
             lib.BIO_free(out)
             return
-        lib.SSL_set_bio(self._ssl, into, out)  # frees the old ones
-        self._into = connection._into_ssl = into
-        self._out = connection._from_ssl = out
+        lib.SSL_set_bio(connection._ssl, into, out)  # frees the old ones
+        connection._into_ssl, connection._from_ssl = into, out
+        self._into, self._out = pointer(into), pointer(out)
         self._lent = None
+        ssl = connection._ssl
         if self._keeps_buffer:
-            lib.SSL_set_mode(self._ssl, lib.SSL_MODE_RELEASE_BUFFERS)
+            lib.SSL_set_mode(ssl, lib.SSL_MODE_RELEASE_BUFFERS)
             self._keeps_buffer = False
         # OpenSSL gives up the 17 KiB that it reads records into once a read finds none; the last one may have had some.
-        _clear_errors()
-        lib.SSL_peek(self._ssl, _NOWHERE, 1)
+        lib.ERR_clear_error()
+        lib.SSL_peek(ssl, _PEEKED, 1)
 
     def _keep_read_buffer(self) -> None:
         """For bulk, where a new one for each record would cost; one for a few bytes costs nothing that shows."""
         self._keeps_buffer = True
-        lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_RELEASE_BUFFERS)
-        lib.SSL_set_mode(self._ssl, 0)  # clearing alone does not reach the part of OpenSSL that reads
+        ssl = self._connection._ssl
+        lib.SSL_clear_mode(ssl, lib.SSL_MODE_RELEASE_BUFFERS)
+        lib.SSL_set_mode(ssl, 0)  # clearing alone does not reach the part of OpenSSL that reads
 
 
 class PortableTlsConnection(TlsConnection):

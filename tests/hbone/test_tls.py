@@ -931,6 +931,48 @@ def test_close_notify_is_told_from_a_cut(kind: type[TlsConnection]) -> None:
     assert not client.closed_by_peer
 
 
+@pytest.mark.parametrize(
+    ("records", "limit", "expected"),
+    [
+        ([5, 7], 1 << 18, [12]),
+        ([16_384] * 3, 16_384, [16_384] * 3),
+        ([16_384] * 3, 2 * 16_384 - 1, [16_384] * 3),
+        ([16_384] * 3, 2 * 16_384, [32_768, 16_384]),
+        ([16_384, 10], 10_000, [10_000, 6_384, 10]),
+    ],
+)
+@pytest.mark.parametrize("end", ["", "close_notify", "cut record"])
+def test_one_read_gives_as_many_records_as_fit(
+    kind: type[TlsConnection], records: list[int], limit: int, expected: list[int], end: str
+) -> None:
+    client, server = joined(kind)
+    data = bytearray()
+    for size in records:
+        client.write(bytes(size))
+        data += take(client)
+    if end == "close_notify":
+        client.shutdown()
+        data += take(client)
+    elif end:
+        client.write(bytes(100))
+        data += take(client)[:-1]
+    server.receive_data(data)
+    buffer = IoBuffer(1 << 18)
+    sizes = list(iter(lambda: server.read_into(buffer, 0, limit), 0))
+    assert sum(sizes) == sum(records)
+    if kind is not PortableTlsConnection:
+        assert sizes == expected
+    assert server.closed_by_peer is (end == "close_notify")
+
+
+def test_close_notify_behind_data_behind_a_record_without_data_is_seen(kind: type[TlsConnection]) -> None:
+    raw, server = raw_and_server(kind)
+    alert = 21
+    server.receive_data(raw.key_update() + raw.record(b"last words") + raw.record(b"\x01\x00", alert))
+    assert read(server) == b"last words"
+    assert server.closed_by_peer
+
+
 def test_nothing_can_be_written_before_the_handshake_or_after_the_shutdown(kind: type[TlsConnection]) -> None:
     client, _ = ends(kind)
     with pytest.raises(TlsError, match="before the TLS handshake"):
@@ -1018,7 +1060,7 @@ def count_fed(server: TlsConnection, records: list[bytes], *, at_once: bool) -> 
         left = (
             len(server._ciphertext)
             if isinstance(server, PortableTlsConnection)
-            else hbone.openssl.lib.BIO_get_mem_data(server._into, hbone.openssl.ffi.NULL)
+            else hbone.openssl.pending(server._into, hbone.openssl.NOWHERE)
         )
         return len(records) - left // len(records[0])
     for number, record in enumerate(records, start=1):

@@ -21,6 +21,11 @@ import attrs
 
 from ztunnel.mesh.address import canonical, parse_ip
 
+try:
+    from hbone._native import Socket
+except ImportError:
+    Socket = socket.SocketType  # type: ignore[assignment, misc]  # not built: the same calls, which cost more
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -120,9 +125,7 @@ class SocketCalls:
         socket_class: the class of connected sockets; tests count in a subclass of it.
     """
 
-    def __init__(
-        self, options: SocketOptions | None = None, *, socket_class: type[socket.SocketType] = socket.SocketType
-    ) -> None:
+    def __init__(self, options: SocketOptions | None = None, *, socket_class: type[socket.SocketType] = Socket) -> None:
         self.options = options or SocketOptions()
         self._socket_class = socket_class
 
