@@ -10,6 +10,7 @@ has. A pointer is a cffi handle for the first and a number for the second; `poin
 from __future__ import annotations
 
 import importlib
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING, Any, Final
 
 from OpenSSL import SSL, crypto
@@ -170,6 +171,9 @@ pending: Final[Any] = native.pending if NATIVE else getattr(lib, "BIO_get_mem_da
 NOWHERE: Final[Any] = pointer(ffi.NULL) if DIRECT else None
 
 
+_LARGE: Final = 64 * 1024
+
+
 class IoBuffer:
     """A reused buffer that sockets and OpenSSL read and write without a copy.
 
@@ -184,7 +188,11 @@ class IoBuffer:
         self.size = size
         """Bytes without the headroom."""
         self.headroom = headroom
-        self.array = bytearray(headroom + size)
+        nbytes = headroom + size
+        # A page that nothing was read into yet takes no memory; a bytearray writes zeros over all of them.
+        self.array: bytearray | mmap = (
+            mmap(-1, nbytes, MAP_PRIVATE | MAP_ANONYMOUS) if nbytes >= _LARGE else bytearray(nbytes)
+        )
         self.view = memoryview(self.array)
         """All of it."""
         self.body = self.view[headroom:]

@@ -18,6 +18,8 @@ from hbone.engine.streams import NEXT, Input, Stream, StreamState
 from hbone.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 
 if TYPE_CHECKING:
+    from mmap import mmap
+
     from hbone.config import ConnectionConfig
     from hbone.events import Headers
 
@@ -185,7 +187,7 @@ class Outbound:
             self._transition(stream, Input.SEND_END)
         return taken
 
-    def prefix_data(self, stream_id: int, buffer: bytearray, nbytes: int) -> None:
+    def prefix_data(self, stream_id: int, buffer: bytearray | mmap, nbytes: int) -> None:
         """Make `buffer[:9 + nbytes]` a DATA frame of the payload that stands at `buffer[9:]`.
 
         Nothing is queued: emit it right after what the queue holds.
