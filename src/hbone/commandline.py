@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import enum
+import os
 import sys
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hbone.errors import ConfigurationError, HboneError
 
@@ -36,11 +38,27 @@ class CommandError(HboneError):
         self.code = code
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal. argparse would have shutil ask it, which imports compressors, also for a daemon."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"width": _columns() - 2, **options})
+
+
+def _columns() -> int:
+    with contextlib.suppress(KeyError, ValueError):
+        if (chosen := int(os.environ["COLUMNS"])) > 0:
+            return chosen
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    return 80
+
+
 class Parser(argparse.ArgumentParser):
     """Argument parser whose errors are one sentence without the usage text."""
 
     def __init__(self, **options: object) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("formatter_class", _Help)
         super().__init__(**options)  # type: ignore[arg-type]  # passed through to argparse untouched
 
     def error(self, message: str) -> NoReturn:
