@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import linecache
 import os
 import resource
 import signal
@@ -409,6 +410,7 @@ def run(
             when_serving=when_serving,
             collector=QuietCollector(),
         )
+        linecache.clearcache()  # of the sources that attrs made, half a megabyte
         # What is loaded by now stays for ever: a full collection need not walk it while connections wait.
         gc.collect()
         gc.freeze()
