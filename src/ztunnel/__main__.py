@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from hbone.commandline import run_with_extra
+from hbone.daemon.late import UNUSED, import_late
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ EXTRA = {
 
 
 def _load() -> Callable[[Sequence[str] | None], int]:
+    import_late(*UNUSED)
     from ztunnel.cli import main as command
 
     return command

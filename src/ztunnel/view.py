@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import ssl
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import trio
+from cryptography.hazmat.backends.openssl import backend
 
 from hbone.trio.client import open_quiet_nursery
 from hbone.version import VERSION
@@ -102,7 +102,7 @@ class View:
             "version": {
                 "version": VERSION,
                 "pythonVersion": sys.version.split()[0],
-                "cryptoProvider": ssl.OPENSSL_VERSION,
+                "cryptoProvider": backend.openssl_version_text(),
                 "istioVersion": self._config.istio_version,
             },
             "config": config_dump(self._config),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +32,7 @@ def write_private(path: str | os.PathLike[str], data: bytes | str | Sequence[byt
     target = Path(path)
     content = data.encode() if isinstance(data, str) else data
     pieces = [content] if isinstance(content, bytes | bytearray | memoryview) else content
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    temporary = target.parent / f".{target.name}.{os.urandom(8).hex()}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode & 0o600)
     try:
         try:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import datetime
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 import trio
+from cryptography.hazmat.primitives.hashes import SHA256, Hash
 
 from hbone.daemon.files import require_private_directory, write_private
 from hbone.daemon.logs import get_logger
@@ -251,10 +251,7 @@ class StateDir:
         length = sum(map(len, pieces))
         if length > MAX_SNAPSHOT:
             raise ControlPlaneError(f"the snapshot has {length} bytes; at most {MAX_SNAPSHOT} are kept")
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-        header = {"format": FORMAT, "workload": workload, "length": length, "sha256": digest.hexdigest()}
+        header = {"format": FORMAT, "workload": workload, "length": length, "sha256": _sha256(pieces)}
         path = self.path / "mesh.snapshot"
         write_private(path, [json.dumps(header).encode() + b"\n", *pieces])
         if stale_since is not None:
@@ -299,9 +296,17 @@ def _unwrap(raw: bytes, workload: str) -> bytes:
         raise ControlPlaneError(f"its format is {header.get('format')!r}; this version reads {FORMAT}")
     if header.get("workload") != workload:
         raise ControlPlaneError(f"it is of workload {header.get('workload')!r}, and this is {workload!r}")
-    if header.get("length") != len(data) or header.get("sha256") != hashlib.sha256(data).hexdigest():
+    if header.get("length") != len(data) or header.get("sha256") != _sha256([data]):
         raise ControlPlaneError("it is torn or damaged")
     return data
+
+
+def _sha256(pieces: Sequence[bytes]) -> str:
+    """By the OpenSSL that TLS uses: hashlib's own would be another four megabytes of the daemon."""
+    digest = Hash(SHA256())
+    for piece in pieces:
+        digest.update(piece)
+    return digest.finalize().hex()
 
 
 def _read(path: Path, limit: int) -> bytes | None:

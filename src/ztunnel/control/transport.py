@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import socket
-import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -297,6 +296,8 @@ def _parse_roots(pem: bytes, what: str) -> tuple[x509.Certificate, ...]:
 
 
 def _system_roots() -> bytes:
+    import ssl  # for this alone; it loads another OpenSSL than the one of our TLS
+
     paths = ssl.get_default_verify_paths()
     for name in (paths.cafile, paths.openssl_cafile, "/etc/ssl/certs/ca-certificates.crt"):
         if name and os.path.isfile(name):

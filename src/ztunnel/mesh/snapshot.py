@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
 import attrs
+from cryptography.hazmat.primitives.hashes import SHA256, Hash
 
 from ztunnel.mesh.address import RejectedResource
 from ztunnel.mesh.decode import ADDRESS_TYPE, AUTHORIZATION_TYPE, decode_address, decode_policy
@@ -59,7 +59,7 @@ def pack(
     Resources without bytes did not come from discovery, and are left out.
     """
     body: list[bytes] = []
-    digest = hashlib.sha256()
+    digest = Hash(SHA256())
     for type_url, resources, versions in (
         (ADDRESS_TYPE, addresses, address_versions),
         (AUTHORIZATION_TYPE, policies, policy_versions),
@@ -75,7 +75,7 @@ def pack(
     for part in body:
         digest.update(part)
         yield
-    return [_MAGIC, digest.digest(), *body]
+    return [_MAGIC, digest.finalize(), *body]
 
 
 def unpack(data: bytes) -> tuple[Contents, Contents]:
@@ -88,7 +88,9 @@ def unpack(data: bytes) -> tuple[Contents, Contents]:
     if data[:head] != _MAGIC:
         raise SnapshotError("the snapshot is of another version or no snapshot")
     body = memoryview(data)[head + _DIGEST :]
-    if hashlib.sha256(body).digest() != data[head : head + _DIGEST]:
+    digest = Hash(SHA256())
+    digest.update(body)
+    if digest.finalize() != data[head : head + _DIGEST]:
         raise SnapshotError("the snapshot is damaged: its checksum does not match")
     listings: list[discovery_pb2.DeltaDiscoveryResponse] = []
     at = 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 import re
 from typing import Any
@@ -32,6 +31,7 @@ SECRET_PREFIX = "once."
 _PREFIX = "enrol1."
 _SECRET = re.compile(r"once\.[A-Za-z0-9_-]{8,64}\.[A-Za-z0-9_-]{43}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
+_HASH_SIZE = 32
 _AGAIN = "copy the whole line that 'miniistiod token create' printed"
 
 
@@ -94,7 +94,7 @@ def parse_enrolment_token(text: str) -> EnrolmentToken:
     fields = _fields(body[len(_PREFIX) :])
     root = _decode(fields.pop("root"))
     secret = fields.pop("secret")
-    if len(root) != hashlib.sha256().digest_size:
+    if len(root) != _HASH_SIZE:
         raise TokenError(f"the enrolment token has a root hash of {len(root)} bytes instead of 32; {_AGAIN}")
     if not _SECRET.fullmatch(secret):
         raise TokenError(f"the enrolment token has no usable secret; {_AGAIN}")
@@ -129,6 +129,8 @@ def _fields(encoded: str) -> dict[str, str]:
 
 
 def _checksum(body: str) -> str:
+    import hashlib  # a daemon has another OpenSSL loaded, and needs none of this
+
     return hashlib.sha256(body.encode()).hexdigest()[:8]
 
 

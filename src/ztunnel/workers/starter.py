@@ -15,11 +15,11 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from ztunnel.workers import worker
+from hbone.daemon.late import UNUSED, import_late
 from ztunnel.workers.process import call_ourselves, end_with, ignore_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ztunnel.workers.worker import Setup
 
@@ -36,6 +36,9 @@ def main(argv: Sequence[str]) -> int:
     """
     ignore_signals()
     call_ourselves("ztunnel-starter")
+    import_late(*UNUSED)
+    from ztunnel.workers import worker
+
     control = socket.socket(fileno=int(argv[0]))
     with os.fdopen(int(argv[1]), "rb") as file:
         setup: Setup = pickle.load(file)  # the daemon wrote it, and nobody else can
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         if not data:
             return 0
         try:
-            _fork(setup, int(data), control, fds)
+            _fork(worker.main, setup, int(data), control, fds)
         except OSError as error:
             control.send(f"-{error.strerror}".encode())
         finally:
@@ -58,7 +61,13 @@ def main(argv: Sequence[str]) -> int:
                 os.close(fd)
 
 
-def _fork(setup: Setup, number: int, control: socket.socket, fds: list[int]) -> None:
+def _fork(
+    work: Callable[[Setup, int, socket.socket, int], int],
+    setup: Setup,
+    number: int,
+    control: socket.socket,
+    fds: list[int],
+) -> None:
     between = os.fork()
     if between:
         os.waitpid(between, 0)
@@ -71,7 +80,7 @@ def _fork(setup: Setup, number: int, control: socket.socket, fds: list[int]) -> 
             code = 0
         else:
             control.close()
-            code = worker.main(setup, number, socket.socket(fileno=fds[0]), fds[1])
+            code = work(setup, number, socket.socket(fileno=fds[0]), fds[1])
     except OSError as error:
         control.send(f"-{error.strerror}".encode())
     except BaseException:
