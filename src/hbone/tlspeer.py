@@ -104,18 +104,17 @@ def _wrong_name(certificate: x509.Certificate, names: Iterable[str]) -> str:
 class Peer:
     """A peer that was verified; one object for all connections to whoever showed the same certificates."""
 
-    __slots__ = ("__weakref__", "chain", "id", "root")
+    __slots__ = ("__weakref__", "chain", "id", "path", "root")
 
     def __init__(self, peer_id: SpiffeId | None, path: tuple[x509.Certificate, ...]) -> None:
         self.id = peer_id
+        self.path = path
         self.chain = path[:-1] or path
         """Up to, without, the root; a leaf that is a root itself is both."""
         self.root = path[-1]
 
 
-_peers: weakref.WeakValueDictionary[tuple[SpiffeId | None, tuple[x509.Certificate, ...]], Peer] = (
-    weakref.WeakValueDictionary()
-)
+_peers: weakref.WeakValueDictionary[bytes, Peer] = weakref.WeakValueDictionary()  # by the signature of the leaf
 
 
 def _nobody(_: SpiffeId) -> bool:
@@ -151,10 +150,11 @@ class PeerCheck:
 
         Only what a verification has just produced is looked up here: no certificate is trusted for being known.
         """
-        key = self.peer_id, self.path
-        peer = _peers.get(key)
-        if peer is None:
-            peer = _peers[key] = Peer(*key)
+        path = self.path
+        signature = path[0].signature  # a certificate's own hash is of all of it, and dear
+        peer = _peers.get(signature)
+        if peer is None or peer.path != path or peer.id != self.peer_id:
+            peer = _peers[signature] = Peer(self.peer_id, path)
         self.peer_id = peer.id
         self.path = ()
         self.authorize = _nobody
