@@ -9,11 +9,13 @@ has. A pointer is a cffi handle for the first and a number for the second; `poin
 
 from __future__ import annotations
 
+import functools
 import importlib
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING, Any, Final
 
-from OpenSSL import SSL, crypto
+from cryptography import x509
+from OpenSSL import SSL
 
 try:
     from hbone import _native as native
@@ -22,8 +24,6 @@ except ImportError:
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from cryptography import x509
 
 __all__ = [
     "DIRECT",
@@ -34,6 +34,7 @@ __all__ = [
     "ffi",
     "info_callback",
     "lib",
+    "peer_certificates",
     "pending",
     "pointer",
     "put",
@@ -62,8 +63,10 @@ _FUNCTIONS = (
     "SSL_CTX_set_verify",
     "SSL_clear_mode",
     "SSL_get0_param",
+    "SSL_get0_verified_chain",
     "SSL_get_error",
     "SSL_get_ex_data_X509_STORE_CTX_idx",
+    "SSL_get_peer_certificate",
     "SSL_peek",
     "SSL_read",
     "SSL_set_bio",
@@ -78,8 +81,11 @@ _FUNCTIONS = (
     "X509_VERIFY_PARAM_set1_host",
     "X509_VERIFY_PARAM_set1_ip",
     "X509_VERIFY_PARAM_set_hostflags",
-    "X509_up_ref",
+    "X509_free",
     "X509_verify_cert_error_string",
+    "i2d_X509_bio",
+    "sk_X509_num",
+    "sk_X509_value",
 )
 _CONSTANTS = (
     "SSL_ERROR_WANT_READ",
@@ -96,10 +102,8 @@ _HANDLES = ("_ssl", "_into_ssl", "_from_ssl", "_reverse_mapping")
 
 def has_everything(library: Any, connection: Any) -> bool:
     """Whether `library`, and a `connection` on memory buffers, have all that is called directly."""
-    return (
-        all(hasattr(library, name) for name in _FUNCTIONS + _CONSTANTS)
-        and all(getattr(connection, name, None) is not None for name in _HANDLES)
-        and hasattr(crypto.X509, "_from_raw_x509_ptr")
+    return all(hasattr(library, name) for name in _FUNCTIONS + _CONSTANTS) and all(
+        getattr(connection, name, None) is not None for name in _HANDLES
     )
 
 
@@ -107,6 +111,8 @@ DIRECT: Final[bool] = ffi is not None and has_everything(lib, SSL.Connection(SSL
 """Whether OpenSSL's functions can be called directly."""
 
 _RECORD: Final = 1 << 14  # payload of a TLS record at most. RFC 8446 §5.1
+_PARSED: Final = 256  # certificates that are kept parsed
+_PARSED_SIZE: Final = 4096  # bytes of each of them at most: what a stranger shows may be kept, too
 
 
 def _use_native() -> bool:
@@ -223,6 +229,47 @@ def drain_error_queue() -> str:
     return reasons[0] if reasons else "unknown reason"
 
 
+@functools.lru_cache(_PARSED)
+def _parsed(der: bytes) -> x509.Certificate:
+    return x509.load_der_x509_certificate(der)
+
+
+def _certificate(pointer: Any) -> x509.Certificate:
+    """A certificate of OpenSSL's. The same bytes give the same object, so its extensions are parsed once.
+
+    Raises:
+        ValueError: it cannot be parsed.
+    """
+    bio, start = lib.BIO_new(lib.BIO_s_mem()), ffi.new("char **")
+    try:
+        if bio == ffi.NULL or lib.i2d_X509_bio(bio, pointer) != 1:
+            raise ValueError(f"the certificate cannot be encoded: {drain_error_queue()}")
+        nbytes = lib.BIO_get_mem_data(bio, start)
+        der: bytes = ffi.buffer(start[0], nbytes)[:]
+    finally:
+        lib.BIO_free(bio)
+    return _parsed(der) if len(der) <= _PARSED_SIZE else x509.load_der_x509_certificate(der)
+
+
+def peer_certificates(ssl: Any) -> tuple[x509.Certificate | None, tuple[x509.Certificate, ...]]:
+    """What the peer presented, and the path from there to a root that OpenSSL verified; None and () where it did not.
+
+    Raises:
+        ValueError: one of them cannot be parsed.
+    """
+    pointer = lib.SSL_get_peer_certificate(ssl)
+    if pointer == ffi.NULL:
+        return None, ()
+    try:
+        leaf = _certificate(pointer)
+    finally:
+        lib.X509_free(pointer)
+    chain = lib.SSL_get0_verified_chain(ssl)
+    if chain == ffi.NULL:
+        return leaf, ()
+    return leaf, tuple([_certificate(lib.sk_X509_value(chain, at)) for at in range(lib.sk_X509_num(chain))])
+
+
 def verify_callback(judge: Callable[[SSL.Connection, x509.Certificate, int, int, bool], bool]) -> Any:
     """What OpenSSL calls for each certificate of a peer's path, from the root to the leaf.
 
@@ -235,8 +282,7 @@ def verify_callback(judge: Callable[[SSL.Connection, x509.Certificate, int, int,
         pointer = lib.X509_STORE_CTX_get_current_cert(store)
         if pointer == ffi.NULL:  # an error of the whole path
             return 0
-        lib.X509_up_ref(pointer)
-        certificate = crypto.X509._from_raw_x509_ptr(pointer).to_cryptography()
+        certificate = _certificate(pointer)
         number = lib.X509_STORE_CTX_get_error(store)
         depth = lib.X509_STORE_CTX_get_error_depth(store)
         ssl = lib.X509_STORE_CTX_get_ex_data(store, lib.SSL_get_ex_data_X509_STORE_CTX_idx())

@@ -21,6 +21,7 @@ from hbone.openssl import (
     drain_error_queue,
     ffi,
     lib,
+    peer_certificates,
     pending,
     pointer,
     put,
@@ -238,13 +239,12 @@ class TlsConnection:
         alpn = connection.get_alpn_proto_negotiated().decode("ascii", "replace")
         if alpn != "h2":
             self._refuse(TlsError("the peer agreed on no protocol by ALPN; h2 is required"))
-        leaf = connection.get_peer_certificate(as_cryptography=True)
+        leaf, path = self._certificates()
         if leaf is None:
             if context.needs_peer:
                 self._refuse(PeerIdentityError("the peer presented no certificate"))
         else:
-            path = connection.get_verified_chain(as_cryptography=True)
-            if not check.accepted or path is None or tuple(path) != check.path or path[0] != leaf:
+            if not check.accepted or not path or path != check.path or path[0] != leaf:
                 self._refuse(PeerIdentityError("the peer's certificate was not verified in this handshake"))
             self._peer = peer = check.settle()
             self.peer_id, self.peer_chain, self.peer_root = peer.id, peer.chain, peer.root
@@ -253,6 +253,10 @@ class TlsConnection:
         self.group = _shared(connection.get_group_name())
         self._watch()
         self._done = True
+
+    def _certificates(self) -> tuple[x509.Certificate | None, tuple[x509.Certificate, ...]]:
+        """The peer's, and the path from there that was verified."""
+        return peer_certificates(self._connection._ssl)
 
     def _watch(self) -> None:
         lib.SSL_set_info_callback(self._connection._ssl, ON_INFO)
@@ -474,6 +478,10 @@ class PortableTlsConnection(TlsConnection):
 
     def _open(self) -> None:
         self._ciphertext = bytearray()
+
+    def _certificates(self) -> tuple[x509.Certificate | None, tuple[x509.Certificate, ...]]:
+        leaf = self._connection.get_peer_certificate(as_cryptography=True)
+        return leaf, tuple(self._connection.get_verified_chain(as_cryptography=True) or ())
 
     def _watch(self) -> None:
         pass  # records are counted as they are fed

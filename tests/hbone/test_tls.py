@@ -100,6 +100,24 @@ def test_connections_to_one_peer_share_what_is_known_of_it(kind: type[TlsConnect
         assert len({id(end.peer_root) for end in clients}) == 1
 
 
+def test_a_certificate_is_parsed_once_for_many_handshakes() -> None:
+    identity = CA.identity("shop", "parsed-once")
+    hbone.openssl._parsed.cache_clear()
+    for _ in range(3):
+        assert join(*ends(client=identity)) == (None, None)
+    assert hbone.openssl._parsed.cache_info().misses == 3  # the client's, the server's and the root
+
+
+def test_a_large_certificate_is_not_kept_parsed() -> None:
+    identity = CA.identity("shop", "large", dns=tuple(f"{'x' * 60}-{number}.example" for number in range(80)))
+    assert len(identity.svid.leaf.public_bytes(serialization.Encoding.DER)) > 4096
+    hbone.openssl._parsed.cache_clear()
+    client, server = ends(client=identity)
+    assert join(client, server) == (None, None)
+    assert server.peer_chain == identity.svid.chain
+    assert hbone.openssl._parsed.cache_info().currsize == 2  # the server's and the root
+
+
 def test_a_new_certificate_of_the_same_peer_is_not_taken_for_the_old_one() -> None:
     servers = []
     for identity in (CLIENT, CA.identity("shop", "web"), CLIENT):
