@@ -35,7 +35,8 @@ from hbone.identity import same_trust_domain
 from hbone.recall import Recall
 from hbone.tls import TlsContext
 from hbone.trio import ConnectionPool, serve_listeners
-from hbone.trio.client import dial, open_quiet_nursery
+from hbone.trio.client import dial
+from hbone.trio.nursery import open_quiet_nursery
 from ztunnel.books import Books, Entry, PlainStream
 from ztunnel.control.cache import StateDir
 from ztunnel.control.enroll import settings

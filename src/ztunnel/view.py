@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 from cryptography.hazmat.backends.openssl import backend
 
-from hbone.trio.client import open_quiet_nursery
+from hbone.trio.nursery import open_quiet_nursery
 from hbone.version import VERSION
 from ztunnel import dump, heap
 from ztunnel.dumpconfig import config_dump
 from ztunnel.errors import address_text
 from ztunnel.profiler import sample
-from ztunnel.questions import answer
 from ztunnel.standing import timestamp
 
 if TYPE_CHECKING:
@@ -145,4 +144,6 @@ class View:
         Raises:
             ConfigurationError: the question names nothing that is known.
         """
+        from ztunnel.questions import answer  # brings the explanations of each decision
+
         return await answer(self._mesh, destination, source)

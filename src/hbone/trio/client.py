@@ -14,6 +14,7 @@ from hbone.identity import same_trust_domain
 from hbone.session import as_peers, dialing_endpoint
 from hbone.tls import TlsContext
 from hbone.trio.connection import Connection
+from hbone.trio.nursery import open_quiet_nursery
 from hbone.tunnelpool import DIAL_TIMEOUT
 
 if TYPE_CHECKING:
@@ -135,20 +136,6 @@ async def open_tunnel(
             yield connection
         finally:
             connection.close()
-
-
-@contextlib.asynccontextmanager
-async def open_quiet_nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery for tasks that note their faults as state: what the body raises leaves without a group around it."""
-    manager = trio.open_nursery()
-    nursery = await manager.__aenter__()
-    try:
-        yield nursery
-    except BaseException:
-        nursery.cancel_scope.cancel()
-        await manager.__aexit__(None, None, None)
-        raise
-    await manager.__aexit__(None, None, None)
 
 
 def _reason(error: BaseException) -> str:

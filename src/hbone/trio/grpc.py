@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import trio
 
@@ -14,16 +15,27 @@ from hbone.config import MIB
 from hbone.errors import ConnectionLost
 from hbone.grpc import Call, ClientConnection, GrpcConfig, GrpcError, GrpcUnavailable, Metadata, StatusCode
 from hbone.tls import IoBuffer, TlsConnection, TlsContext
-from hbone.trio.grpcserver import GrpcCall, GrpcServer, Handler, ServerStatistics
 from hbone.trio.grpctransport import CHUNK, Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from types import TracebackType
 
+    from hbone.trio.grpcserver import GrpcCall, GrpcServer, Handler, ServerStatistics
+
 __all__ = ["GrpcCall", "GrpcClient", "GrpcServer", "GrpcStream", "Handler", "ServerStatistics"]
 
+_OF_SERVER = ("GrpcCall", "GrpcServer", "Handler", "ServerStatistics")
 _log = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the server when it is first used: most processes are clients alone."""
+    if name not in _OF_SERVER:
+        raise AttributeError(f"module 'hbone.trio.grpc' has no attribute {name!r}")
+    value = getattr(importlib.import_module("hbone.trio.grpcserver"), name)
+    globals()[name] = value
+    return value
 
 
 class GrpcStream:

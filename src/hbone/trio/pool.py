@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Self, Unpack
 import trio
 
 from hbone.errors import LocalProtocolError
-from hbone.trio.client import dial, open_quiet_nursery, open_tcp
+from hbone.trio.client import dial, open_tcp
 from hbone.trio.connection import Connection
+from hbone.trio.nursery import open_quiet_nursery
 from hbone.trio.stream import HboneStream
 from hbone.tunnelpool import TunnelPool
 
