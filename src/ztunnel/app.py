@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import linecache
 import os
 import resource
 import signal
@@ -24,6 +23,7 @@ import trio
 
 from hbone.daemon import logs
 from hbone.daemon.http import HttpLimits, serve_asgi, unix_socket
+from hbone.daemon.late import tidy
 from hbone.errors import ConfigurationError, HboneError, IdentityError
 from hbone.version import VERSION
 from ztunnel.admin import Readiness, admin_app, readiness_app, stats_app
@@ -410,9 +410,8 @@ def run(
             when_serving=when_serving,
             collector=QuietCollector(),
         )
-        linecache.clearcache()  # of the sources that attrs made, half a megabyte
         # What is loaded by now stays for ever: a full collection need not walk it while connections wait.
-        gc.collect()
+        tidy()
         gc.freeze()
         reactor.run(daemon.run)
     except BaseExceptionGroup as group:

@@ -19,6 +19,7 @@ from hbone import commandline
 from hbone.commandline import CommandError, ExitCode, Parser
 from hbone.connect import Authority, AuthorityError
 from hbone.daemon import logs
+from hbone.daemon.late import tidy
 from hbone.errors import ConfigurationError
 from hbone.version import VERSION
 from ztunnel.config import DEFAULT_ROOT, DEFAULT_STATE_DIR, Config
@@ -29,7 +30,6 @@ from ztunnel.given import from_systemd
 from ztunnel.logscopes import read_levels
 from ztunnel.standing import timestamp
 from ztunnel.takeover import TakeOverFailed
-from ztunnel.wire.token import MAX_TOKEN_LENGTH, parse_enrolment_token
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -132,6 +132,7 @@ def _run(arguments: argparse.Namespace) -> int:
     levels, _ = read_levels(config.log_level)
     logs.configure(format_, levels)  # type: ignore[arg-type]  # the settings allow these names only
     state = _state(config, join=arguments.take_over)
+    tidy()
     from ztunnel import app
 
     def tell() -> None:
@@ -270,6 +271,8 @@ def _encode(query: Mapping[str, str]) -> str:
 
 
 def _enroll(arguments: argparse.Namespace) -> int:
+    from ztunnel.wire.token import parse_enrolment_token
+
     address = ServerAddress.parse(arguments.server, variable="--server")
     token = parse_enrolment_token(_read_token(arguments.token_file))
     if arguments.name and token.name and arguments.name != token.name:
@@ -316,6 +319,8 @@ def _clock_text(offset: float) -> str:
 
 
 def _read_token(path: str) -> str:
+    from ztunnel.wire.token import MAX_TOKEN_LENGTH
+
     try:
         if path == "-":
             raw = sys.stdin.buffer.read(MAX_TOKEN_LENGTH + 1)

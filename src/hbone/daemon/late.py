@@ -1,15 +1,18 @@
-"""Modules that the packages we use import at once, and that a daemon never comes to use."""
+"""What imports leave that a daemon never comes to use: modules that other packages import at once, and sources."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import linecache
 import sys
 import threading
 from typing import Any
 
-__all__ = ["UNUSED", "import_late"]
+__all__ = ["UNUSED", "import_late", "tidy"]
 
 UNUSED = (
+    "calendar",
     "google.protobuf.internal.python_message",
     "hashlib",
     "hmac",
@@ -17,6 +20,7 @@ UNUSED = (
     "shutil",
     "ssl",
     "tempfile",
+    "tokenize",
 )
 """Protobuf without its C; what brings a second OpenSSL: Trio's TLS and DTLS, and how cryptography may name a key;
 Trio's international names; and what ctypes has for a search with a compiler."""
@@ -34,6 +38,15 @@ def import_late(*names: str) -> None:
     for name in names:
         if name not in sys.modules:
             _put_off(name)
+
+
+def tidy() -> None:
+    """Let go of what the imports so far do not need any more, so that what comes takes its place.
+
+    That is garbage in cycles, and the sources of generated methods, which attrs keeps in linecache for debuggers.
+    """
+    linecache.clearcache()
+    gc.collect()
 
 
 def _put_off(name: str) -> None:

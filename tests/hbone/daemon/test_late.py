@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 
-from hbone.daemon.late import import_late
+from hbone.daemon.late import import_late, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,3 +111,20 @@ def test_what_is_there_or_missing_is_left_alone() -> None:
     import_late("threading", "no_such_module", "no_such_package.module")
     assert sys.modules["threading"] is before
     assert "no_such_module" not in sys.modules
+
+
+def test_tidying_lets_go_of_generated_sources_and_cycles() -> None:
+    @attrs.frozen
+    class Generated:
+        value: int = 0
+
+    class Circle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    circle = weakref.ref(Circle())
+    assert any("Generated" in name for name in linecache.cache)
+    tidy()
+    assert not any("Generated" in name for name in linecache.cache)
+    assert circle() is None
+    assert Generated(1) == Generated(1)
