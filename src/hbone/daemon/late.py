@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import linecache
 import sys
 import threading
 from typing import Any
@@ -45,6 +44,8 @@ def tidy() -> None:
 
     That is garbage in cycles, and the sources of generated methods, which attrs keeps in linecache for debuggers.
     """
+    import linecache  # brings tokenize, which is among those to put off
+
     linecache.clearcache()
     gc.collect()
 
