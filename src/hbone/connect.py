@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from hbone.errors import HboneError
+from hbone.fields import malformed_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,7 +46,6 @@ _IPV6: Final = re.compile(r"[0-9a-fA-F:]{2,39}")
 _LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _NAME: Final = re.compile(rb"[a-z0-9!#$%&'*+.^_`|~-]+")
-_VALUE: Final = re.compile(rb"(?![ \t])[^\x00\r\n]*(?<![ \t])")
 _VISIBLE: Final = re.compile(rb"[\t\x20-\x7e]*")
 _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _FORWARDED_VALUE: Final = re.compile(r"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]+")  # visible, but none of " , ; \
@@ -63,6 +63,8 @@ _REFUSED: Final = frozenset(
     }
 )
 """Fields that have no place in a CONNECT over HTTP/2. Source: RFC 9113 §8.2.2, §8.5; RFC 9110 §9.3.6."""
+_REPEATED: Final = b"\n"
+"""In place of values that contradict each other: no value is this, so nobody believes it."""
 
 
 class AuthorityError(HboneError, ValueError):
@@ -270,10 +272,12 @@ def _is_believed(value: bytes) -> bool:
 
 def _forwarded(field: bytes | None) -> tuple[str | None, str | None]:
     """`for=` and `host=` of a `forwarded` field, each without its quotes. Source: RFC 7239 §4; ztunnel's subset."""
-    if field is None or not _is_believed(field):
+    if field is None or len(field) > MAX_TELEMETRY:
         return None, None
     if alone := _FORWARDED_FOR.fullmatch(field):
         return alone[1].decode("ascii"), None
+    if not _is_believed(field):
+        return None, None
     found: dict[str, str] = {}
     for part in field.decode("ascii").split(";"):
         key, equals, value = part.strip().partition("=")
@@ -287,7 +291,7 @@ def _clean(value: str | None) -> str | None:
     return value if value is not None and _FORWARDED_VALUE.fullmatch(value) else None
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, slots=False)  # slots would double what it takes to make one
 class ConnectRequest:
     """One CONNECT: where to, and what the client says about it."""
 
@@ -313,20 +317,18 @@ class ConnectRequest:
 
         Source: RFC 9113 §8.2, §8.3, §8.5; ztunnel's request parsing.
         """
+        faulty = malformed_value(headers)
+        if faulty is not None:
+            raise BadConnect(f"the value of {_shown(faulty)} holds NUL, CR or LF, or begins or ends with a space")
         method: bytes | None = None
         authority: bytes | None = None
         host: bytes | None = None
-        telemetry: dict[bytes, bytes] = {}
-        repeated: list[tuple[bytes, bytes]] = []
+        members: tuple[bytes, ...] = ()  # all of baggage counts; of the other telemetry, nothing that is repeated
+        forwarded: bytes | None = None
+        traceparent: bytes | None = None
+        network: bytes | None = None
         regular = False
         for name, value in headers:
-            if name in _TELEMETRY and _VALUE.fullmatch(value):
-                regular = True
-                if name not in telemetry:
-                    telemetry[name] = value
-                else:
-                    repeated.append((name, value))
-                continue
             if name[:1] == b":":
                 if regular:
                     raise BadConnect(f"the pseudo-header {_shown(name)} stands after another field")
@@ -338,9 +340,15 @@ class ConnectRequest:
                     raise BadConnect(f"the pseudo-header {_shown(name)} is repeated, or has no place here")
                 continue
             regular = True
-            if not _VALUE.fullmatch(value):
-                raise BadConnect(f"the value of {_shown(name)} holds NUL, CR or LF, or begins or ends with a space")
-            if not _NAME.fullmatch(name):
+            if name == b"baggage":
+                members += (value,)
+            elif name == b"forwarded":
+                forwarded = value if forwarded is None else _REPEATED
+            elif name == b"traceparent":
+                traceparent = value if traceparent is None else _REPEATED
+            elif name == b"x-forwarded-network":
+                network = value if network is None else _REPEATED
+            elif not _NAME.fullmatch(name):
                 raise BadConnect(f"the field name {_shown(name)} is malformed; only a token in lower case is allowed")
             elif name in _REFUSED:
                 raise BadConnect(f"the field {_shown(name)} has no place in a CONNECT over HTTP/2")
@@ -358,16 +366,7 @@ class ConnectRequest:
             where = _parse_authority(authority)
         except AuthorityError as error:
             raise BadConnect(str(error)) from error
-        baggage = telemetry.get(b"baggage")
-        members: tuple[bytes, ...] = () if baggage is None else (baggage,)
-        for name, value in repeated:  # all of baggage counts; of the others, none is believed
-            if name == b"baggage":
-                members += (value,)
-            else:
-                telemetry.pop(name, None)
-        forwarded_for, forwarded_host = _forwarded(telemetry.get(b"forwarded"))
-        traceparent = telemetry.get(b"traceparent")
-        network = telemetry.get(b"x-forwarded-network")
+        forwarded_for, forwarded_host = _forwarded(forwarded)
         return cls(
             authority=where,
             baggage=_parse_baggage(members) if members else None,
@@ -407,9 +406,6 @@ class ConnectRequest:
     def is_from_gateway(self, network: str) -> bool:
         """Did a gateway of another network than `network`, ours, send this? Telemetry, as all of it."""
         return self.network is not None and self.network.lower() != network.lower()
-
-
-_TELEMETRY: Final = frozenset({b"baggage", b"forwarded", b"traceparent", b"x-forwarded-network"})
 
 
 def response_headers(baggage: Baggage | None = None) -> Headers:

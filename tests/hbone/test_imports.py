@@ -18,7 +18,7 @@ PACKAGES = ("hbone", "ztunnel", "miniistiod")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("enums", "version"),
     ("errors",),
-    ("events", "config", "admission", "commandline"),
+    ("events", "fields", "config", "admission", "commandline"),
     ("connect", "engine", "identity", "openssl", "daemon"),
     ("tlspeer", "pool", "devca", "inspect"),
     ("tlscontext",),
@@ -42,6 +42,7 @@ PURE = (
     "hbone.enums",
     "hbone.errors",
     "hbone.events",
+    "hbone.fields",
     "hbone.identity.spiffe",
     "hbone.identity.verify",
     "hbone.openssl",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from hpack.exceptions import HPACKError
 from hpack.hpack import decode_integer, encode_integer
@@ -22,6 +22,7 @@ from hpack.huffman_table import decode_huffman
 from hpack.table import HeaderTable
 
 from hbone.errors import ErrorCode, ProtocolError
+from hbone.fields import malformed_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,10 +41,10 @@ _GIVE_UP: Final = 4
 _STATUS_200: Final = b"\x88"
 _NAMES: Final = {b":authority": b"\x01", b":method": b"\x02", b":status": b"\x08", b"forwarded": b"\x00\x09forwarded"}
 """Literals without indexing, up to the value. Source: RFC 7541 §6.2.2, appendix A."""
+_LENGTHS: Final = tuple(bytes(encode_integer(size, 7)) for size in range(255))
+"""Of strings that are not coded, as nearly all lengths are. Source: RFC 7541 §5.2."""
 
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_BLANKS: Final = b" \t"
-_FORBIDDEN: Final = b"\r\n\0"
 _STATIC: Final[Headers] = HeaderTable.STATIC_TABLE
 _STATIC_SIZE: Final = len(_STATIC)
 _STATUS: Final = re.compile(rb"[1-9][0-9][0-9]")
@@ -54,15 +55,18 @@ _CONNECTION_FIELDS: Final = frozenset(
 _REQUEST_PSEUDO: Final = frozenset({b":method", b":scheme", b":authority", b":path"})
 
 
-class HeaderBlock(NamedTuple):
+class HeaderBlock:
     """A decoded block."""
 
-    fields: Headers
-    too_large: bool
-    """Beyond the limits; `fields` holds only those within."""
+    __slots__ = ("fields", "too_large")
+
+    def __init__(self, fields: Headers, *, too_large: bool) -> None:
+        self.fields = fields
+        self.too_large = too_large
+        """Beyond the limits; `fields` holds only those within."""
 
 
-_NO_FIELDS = HeaderBlock((), too_large=False)
+_NO_FIELDS: Final = HeaderBlock((), too_large=False)
 
 
 def list_size(headers: Iterable[tuple[bytes, bytes]]) -> int:
@@ -95,11 +99,11 @@ class BlockEncoder:
 
     def encode(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         """The block of these fields."""
-        out = bytearray()
+        parts: list[bytes] = []
         if self._lowest is not None:  # a smaller table must be confirmed before the next field
             update = encode_integer(self._lowest, 5)
             update[0] |= 0x20
-            out += update
+            parts.append(bytes(update))
             self._announced, self._lowest = self._lowest, None
         for name, value in headers:
             prefix = _NAMES.get(name)
@@ -108,15 +112,11 @@ class BlockEncoder:
                 if _NAME.fullmatch(name) and len(name) <= 32 and len(_NAMES) < 64:
                     _NAMES[name] = prefix
             elif value == b"200" and name == b":status":
-                out += _STATUS_200
+                parts.append(_STATUS_200)
                 continue
-            out += prefix
-            if len(value) < 127:
-                out.append(len(value))
-            else:
-                out += encode_integer(len(value), 7) if len(value) > 254 else bytes((127, len(value) - 127))
-            out += value
-        return bytes(out)
+            size = len(value)
+            parts += (prefix, _LENGTHS[size] if size < len(_LENGTHS) else bytes(encode_integer(size, 7)), value)
+        return b"".join(parts)
 
 
 class BlockDecoder:
@@ -223,7 +223,7 @@ class BlockDecoder:
                     f" fields; the limits are {self._max_size} and {self._max_fields}",
                     ErrorCode.ENHANCE_YOUR_CALM,
                 )
-        decoded = HeaderBlock(tuple(fields), count > len(fields))
+        decoded = HeaderBlock(tuple(fields), too_large=count > len(fields))
         if fixed:
             self._last_block = block
             self._last = decoded
@@ -255,13 +255,12 @@ def _string(block: bytes, position: int) -> tuple[bytes, int]:
 
 
 def _field_fault(headers: Headers, pseudo: frozenset[bytes]) -> str | None:
-    values = b"".join([value for _, value in headers])
-    forbidden = len(values.translate(None, _FORBIDDEN)) != len(values)  # all of them at once, which is cheap
+    faulty = malformed_value(headers)
+    if faulty is not None:
+        return f"the value of {faulty!r} has a forbidden character"
     seen: list[bytes] = []
     regular = False
     for name, value in headers:
-        if value.strip(_BLANKS) != value or (forbidden and value.translate(None, _FORBIDDEN) != value):
-            return f"the value of {name!r} has a forbidden character"
         if name[:1] == b":":
             if regular or name in seen or name not in pseudo:
                 return f"{name!r} is unknown, repeated or after other fields"
