@@ -53,7 +53,8 @@ $(COMPILED): $(STAMP) tools/compiled.py tools/native.py $(shell find src -name '
 
 test-compiled: $(COMPILED) ## the data path's tests against the compiled packages
 	@PYTHONPATH=build/compiled HBONE_EXPECT_COMPILED=1 $(BIN)/python -m pytest -q tests/test_compiled.py tests/hbone/engine tests/hbone/test_tls.py \
-	  tests/hbone/test_connect.py tests/hbone/test_endpoint.py tests/ztunnel/dataplane tests/system/test_traffic.py $(ARGS)
+	  tests/hbone/test_connect.py tests/hbone/test_endpoint.py tests/hbone/test_pool.py tests/hbone/daemon/test_logs.py \
+	  tests/ztunnel/test_logs.py tests/ztunnel/dataplane tests/system/test_traffic.py $(ARGS)
 
 proto: $(STAMP) ## make the protobuf messages again from src/ztunnel/wire/*.proto
 	@$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/ztunnel/wire/*.proto

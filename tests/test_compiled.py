@@ -51,3 +51,12 @@ def test_no_default_is_left_open(path: str) -> None:
         if isinstance(node, ast.FunctionDef):
             defaults = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
             assert not [one for one in defaults if isinstance(one, ast.Constant) and one.value is ...], node.name
+
+
+@pytest.mark.parametrize("path", COMPILED)
+def test_no_class_has_one_of_a_library_as_its_base(path: str) -> None:
+    """mypyc lays out its own data where that of the base is; enumerations are not compiled as classes."""
+    for node in ast.walk(ast.parse((ROOT / "src" / path).read_text())):
+        if isinstance(node, ast.ClassDef):
+            named = [base for base in map(ast.unparse, node.bases) if "." in base and not base.startswith("enum.")]
+            assert not named, f"{path}:{node.lineno}: {node.name} needs a module that is not compiled"

@@ -18,14 +18,14 @@ Waiters are the adapter's; after each call that changes something it wakes the f
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 import attrs
 
+from hbone.identity import SpiffeId  # noqa: TC001  # compiled, an attrs class looks its types up
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from hbone.identity import SpiffeId
 
 __all__ = ["Dial", "Ping", "Pool", "PoolKey", "PoolStatistics", "Use", "Wait"]
 
@@ -92,28 +92,33 @@ class PoolStatistics:
     """Keys that somebody dials for."""
 
 
-_WAIT = Wait()
-_DIAL = Dial()
+_WAIT: Final = Wait()
+_DIAL: Final = Dial()
 
 
-@attrs.define(eq=False)
 class _Entry(Generic[T]):
-    tunnel: T
-    key: PoolKey
-    used_at: float
-    """When its last stream ended, or it was dialled or answered a PING."""
-    streams: int = 0
-    checking: bool = False
+    __slots__ = ("checking", "key", "streams", "tunnel", "use", "used_at")
+
+    def __init__(self, tunnel: T, key: PoolKey, used_at: float) -> None:
+        self.tunnel = tunnel
+        self.key = key
+        self.used_at = used_at
+        """When its last stream ended, or it was dialled or answered a PING."""
+        self.streams = 0
+        self.checking = False
+        self.use = Use(tunnel)
 
 
-@attrs.define(eq=False)
 class _Site(Generic[T]):
     """The tunnels of one key."""
 
-    tunnels: dict[T, _Entry[T]] = attrs.Factory(dict)
-    roomy: dict[_Entry[T], None] = attrs.Factory(dict)
-    """Those that may take a stream, the most recently made or freed last."""
-    dialing: bool = False
+    __slots__ = ("dialing", "roomy", "tunnels")
+
+    def __init__(self) -> None:
+        self.tunnels: dict[T, _Entry[T]] = {}
+        self.roomy: dict[_Entry[T], None] = {}
+        """Those that may take a stream, the most recently made or freed last."""
+        self.dialing = False
 
 
 class Pool(Generic[T]):
@@ -162,7 +167,7 @@ class Pool(Generic[T]):
                 entry.checking = True
                 return Ping(entry.tunnel)
             else:
-                return Use(entry.tunnel)
+                return entry.use
         if checking or site.dialing:
             return _WAIT
         site.dialing = True

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
+from hbone.daemon.logbridge import FromStandardLibrary
 from hbone.daemon.loglevels import LEVELS, Levels
 from hbone.daemon.logtext import (
     Bare,
@@ -23,8 +24,8 @@ from hbone.daemon.logtext import (
     render_message,
     render_plain,
     short,
-    timestamp,
 )
+from hbone.daemon.logtime import timestamp
 from hbone.daemon.logwriter import Writer, share_output
 from hbone.errors import ConfigurationError
 
@@ -139,11 +140,11 @@ class Logger:
         fields.setdefault("exc_info", True)
         self.error(event, **fields)
 
-    def template(self, method: str, event: str, fields: Mapping[str, Any]) -> str:
-        """A line whose time and slots are left to the % operator; "" where lines cannot be made from one."""
+    def template(self, method: str, event: str, fields: Mapping[str, Any]) -> list[str]:
+        """What stands before, between and after a line's time and slots; nothing where lines cannot be made so."""
         render = _state.render_fields
         if render is None or self._context:
-            return ""
+            return []
         in_json = render is json_fields
         parts = []
         for name, value in fields.items():
@@ -152,15 +153,16 @@ class Logger:
             else:
                 field = {name: value}
                 redact(field)
-                written = redact_line(render(field)).replace("%", "%%")
+                written = redact_line(render(field))
             parts.append(written)
         level = "warn" if method == "warning" else method
         name = self._logger.name
         if in_json:
-            scope, message = json_text(name).replace("%", "%%"), json_text(event).replace("%", "%%")
-            return f'{{"level":"{level}","time":"%s","scope":{scope},"message":{message}' + "".join(parts) + "}"
-        head = f"{level}\t{short(name)}\t{escape(event)}\t".replace("%", "%%")
-        return "%s\t" + head + " ".join(parts)
+            head = f'{{"level":"{level}","time":"{_HOLE}","scope":{json_text(name)},"message":{json_text(event)}'
+            line = head + "".join(parts) + "}"
+        else:
+            line = f"{_HOLE}\t{level}\t{short(name)}\t{escape(event)}\t" + " ".join(parts)
+        return line.split(_HOLE)
 
     def log(self, level: str, event: str, **fields: Any) -> None:
         """Log at the level of that name."""
@@ -173,8 +175,8 @@ class Slot:
 
     Args:
         make: The value as other lines would have it.
-        json: Its format in JSON.
-        plain: Its format in plain text.
+        json: How it stands in JSON, with `_HOLE` for the value.
+        plain: The same in plain text.
     """
 
     __slots__ = ("json", "make", "plain")
@@ -185,11 +187,13 @@ class Slot:
         self.plain = plain
 
 
-ADDRESS: Final = Slot(Bare, '"%s"', "%s")
+_HOLE: Final = "\n"
+"""Where a line takes a value; no line has one of its own."""
+ADDRESS: Final = Slot(Bare, f'"{_HOLE}"', _HOLE)
 """Text of an address with its port."""
-COUNT: Final = Slot(int, "%d", "%d")
+COUNT: Final = Slot(int, _HOLE, _HOLE)
 """A number."""
-MILLISECONDS: Final = Slot("{}ms".format, '"%dms"', '"%dms"')
+MILLISECONDS: Final = Slot("{}ms".format, f'"{_HOLE}ms"', f'"{_HOLE}ms"')
 """A whole number of them."""
 
 
@@ -203,7 +207,7 @@ class Lines:
         fields: In order, with a `Slot` where each line has a value of its own.
     """
 
-    __slots__ = ("_end", "_epoch", "_event", "_fields", "_level", "_logger", "_method", "_text")
+    __slots__ = ("_end", "_epoch", "_event", "_fields", "_level", "_logger", "_method", "_texts")
 
     def __init__(self, logger: Logger, method: str, event: str, fields: dict[str, Any]) -> None:
         self._logger = logger
@@ -213,7 +217,7 @@ class Lines:
         self._event = event
         self._fields = fields
         self._epoch = -1
-        self._text = ""
+        self._texts: list[str] = []
 
     def write(self, *values: Any) -> None:
         """Write the line with these values, one for each slot in order."""
@@ -221,10 +225,13 @@ class Lines:
             return
         if self._epoch != _state.epoch:
             self._epoch = _state.epoch
-            self._text = self._logger.template(self._method, self._event, self._fields)
-        writer = _state.writer
-        if writer is not None and self._text:
-            writer.write(self._text % (timestamp(), *values))
+            self._texts = self._logger.template(self._method, self._event, self._fields)
+        writer, texts = _state.writer, self._texts
+        if writer is not None and texts:
+            line = texts[0] + timestamp() + texts[1]
+            for value, text in zip(values, texts[2:], strict=True):
+                line += str(value) + text
+            writer.write(line)
         else:
             left = iter(values)
             fields = {
@@ -324,9 +331,9 @@ def configure(format: Format = "plain", level: str | Levels = "info", *, stream:
             processors=_PROCESSORS, wrapper_class=Logger, logger_factory=_state.end, cache_logger_on_first_use=True
         )
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if isinstance(h, _FromStandardLibrary)]:
+    for handler in [h for h in root.handlers if isinstance(h, FromStandardLibrary)]:
         root.removeHandler(handler)
-    root.addHandler(_FromStandardLibrary(logging.WARNING))
+    root.addHandler(FromStandardLibrary(get_logger))
 
 
 def get_logger(target: str, **fields: Any) -> Logger:
@@ -390,24 +397,6 @@ def _render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> str:
     redact(fields)
     fields["time"] = timestamp()
     return redact_line(_state.render(logger, method, fields))
-
-
-class _FromStandardLibrary(logging.Handler):
-    """Lets warnings of libraries that log the standard way appear in the same form."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        logger = get_logger(record.name)
-        fields: dict[str, Any] = {}
-        if record.exc_info and record.exc_info[0] is not None:
-            fields["exc_info"] = record.exc_info
-        try:
-            message = record.getMessage()
-        except (TypeError, ValueError):
-            message = str(record.msg)
-        if record.levelno >= logging.ERROR:
-            logger.error(message, **fields)
-        else:
-            logger.warning(message, **fields)
 
 
 _PROCESSORS: Final[list[Any]] = [_render]

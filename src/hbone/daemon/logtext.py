@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 import traceback
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -29,7 +28,6 @@ __all__ = [
     "render_message",
     "render_plain",
     "short",
-    "timestamp",
 ]
 
 MAX_VALUE: Final = 16 * 1024
@@ -52,23 +50,12 @@ MAX_LABELS: Final = 256
 """Field names whose JSON form is kept."""
 _labels: Final[dict[str, str]] = {}
 json_text: Final = json.encoder.encode_basestring_ascii
-_second = 0
-_second_text = ""
 
 
 class Bare(str):
     """Text that the plain format writes without quotes, such as an address. Must not hold a space."""
 
     __slots__ = ()
-
-
-def timestamp() -> str:
-    """Now, in UTC with microseconds; the second's text is kept until the next."""
-    global _second, _second_text
-    second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
-    if second != _second:
-        _second, _second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-    return f"{_second_text}.{fraction:06d}Z"
 
 
 def redact(fields: MutableMapping[str, Any]) -> None:
