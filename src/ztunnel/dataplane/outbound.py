@@ -160,11 +160,11 @@ class Outbound:
 
     def headers_for(self, record: AccessRecord, plan: Plan) -> Headers:
         """The CONNECT request. Source: ztunnel's headers."""
-        ids = self._random.randbytes(24).hex()
+        random_bits = self._random.getrandbits
         return (
             *plan.headers,
             (b"forwarded", b'for="%s"%s' % (record.source.encode(), plan.forwarded)),
-            (b"traceparent", f"00-{ids[:32]}-{ids[32:]}-00".encode()),
+            (b"traceparent", b"00-%032x-%016x-00" % (random_bits(128), random_bits(64))),
         )
 
     def on_time(self, now: float) -> None:
