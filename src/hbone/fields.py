@@ -9,8 +9,11 @@ if TYPE_CHECKING:
 
 __all__ = ["malformed_value"]
 
-_SPACE: Final = 0x20
+_NUL: Final = 0x00
 _TAB: Final = 0x09
+_LF: Final = 0x0A
+_CR: Final = 0x0D
+_SPACE: Final = 0x20
 
 
 def malformed_value(headers: Headers) -> bytes | None:
@@ -29,4 +32,4 @@ def malformed_value(headers: Headers) -> bytes | None:
 
 
 def _has_forbidden(value: bytes) -> bool:
-    return b"\n" in value or b"\r" in value or b"\0" in value
+    return _LF in value or _CR in value or _NUL in value  # Python first asks of anything else whether it is a number

@@ -228,10 +228,10 @@ class Lines:
             self._texts = self._logger.template(self._method, self._event, self._fields)
         writer, texts = _state.writer, self._texts
         if writer is not None and texts:
-            line = texts[0] + timestamp() + texts[1]
-            for value, text in zip(values, texts[2:], strict=True):
-                line += str(value) + text
-            writer.write(line)
+            parts = [texts[0], timestamp(), texts[1]]
+            for number, value in enumerate(values, 2):
+                parts += (str(value), texts[number])
+            writer.write("".join(parts))
         else:
             left = iter(values)
             fields = {

@@ -13,7 +13,8 @@ _second_text = ""
 def timestamp() -> str:
     """Now, in UTC with microseconds; the second's text is kept until the next."""
     global _second, _second_text
-    second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
+    microseconds = time.time_ns() // 1000
+    second = microseconds // 1_000_000
     if second != _second:
         _second, _second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-    return f"{_second_text}.{str(fraction).zfill(6)}Z"
+    return f"{_second_text}.{str(microseconds % 1_000_000).zfill(6)}Z"
