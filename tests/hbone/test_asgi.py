@@ -8,6 +8,8 @@ import functools
 import json
 import pathlib
 import ssl
+import subprocess
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -257,3 +259,8 @@ async def test_httpx_speaks_https_over_the_trio_pool() -> None:
                 response = await client.get("https://orders.example/tlsx")
                 assert response.text == "/tlsx"
         nursery.cancel_scope.cancel()
+
+
+def test_hypercorn_is_imported_for_applications_only() -> None:
+    code = "import sys, hbone.asgi, hbone.daemon.http1; sys.exit('hypercorn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,7 +1,8 @@
-"""An HTTP/1.1 server for a daemon's own pages: metrics, readiness, dumps.
+"""An HTTP/1.1 server for a daemon's own pages (metrics, readiness, dumps), and for an application on a stream.
 
-Every connection comes from one accept loop and runs under a catch of its own, so that a bad one costs only itself;
-whatever waits has a limit. `hbone.daemon.http1` is what happens on one.
+Every connection runs under a catch of its own, so that a bad one costs only itself; whatever waits has a limit. What
+happens on one is `hbone.daemon.http1` for pages, which every daemon is asked for, and Hypercorn for an application of
+somebody else's (`hbone.daemon.asgiserver`).
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ async def serve_stream(
     limits = limits or HttpLimits()
     bounded = _BoundedStream(stream, _NoSocket(), limits.write_seconds)
     try:
-        await _serve_connection(_GuardedApp(app, limits, hosts), bounded, limits)
+        from hbone.daemon import asgiserver
+
+        await _serve_connection(_GuardedApp(app, limits, hosts), bounded, limits, asgiserver.speak)
     finally:
         await trio.aclose_forcefully(stream)
 
@@ -226,18 +229,17 @@ class _Server:
 
     async def _serve(self, stream: _BoundedStream) -> None:
         try:
-            await _serve_connection(self._app, stream, self._limits)
+            await _serve_connection(self._app, stream, self._limits, _speak)
         finally:
             self._open.pop(stream, None)
             stream.socket.close()
 
 
-async def _serve_connection(app: _GuardedApp, stream: _BoundedStream, limits: HttpLimits) -> None:
+async def _serve_connection(app: _GuardedApp, stream: _BoundedStream, limits: HttpLimits, speak: Speak) -> None:
     """One connection, under the catch that keeps its faults from the others."""
     try:
         if await _is_http1(stream, limits):
-            client, server = (_address(name) for name in (stream.socket.getpeername(), stream.socket.getsockname()))
-            await Http1Connection(app, stream, limits, client, server).run()
+            await speak(app, stream, limits)
     except Exception as error:
         _log.debug("connection failed", error=repr(error))
     except BaseExceptionGroup as group:
@@ -254,13 +256,21 @@ async def _is_http1(stream: _BoundedStream, limits: HttpLimits) -> bool:
     return False
 
 
+async def _speak(app: _GuardedApp, stream: _BoundedStream, limits: HttpLimits) -> None:
+    """HTTP/1.1 for pages of our own."""
+    client, server = (_address(name) for name in (stream.socket.getpeername(), stream.socket.getsockname()))
+    await Http1Connection(app, stream, limits, client, server).run()
+
+
 def _address(name: Any) -> tuple[str, int] | None:
     """Of TCP; that of a Unix socket is a path."""
     return name[:2] if isinstance(name, tuple) else None
 
 
 class _NoSocket:
-    """A socket for a stream that has none: no address."""
+    """A socket for a stream that has none: no address. What Hypercorn asks of one."""
+
+    family = socket.AF_UNSPEC
 
     def getpeername(self) -> None:
         return None
@@ -339,7 +349,9 @@ class _GuardedApp:
         self._limits = limits
         self._hosts = None if hosts is None else {"localhost", *(host.lower() for host in hosts)}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, *_: Any) -> None:
+        if scope["type"] != "http":
+            return  # Hypercorn's lifespan
         if self._hosts is not None and not _from_allowed_host(scope, self._hosts):
             await _answer(send, 403, "this name is not served here; use localhost or the address\n")
             return
@@ -375,6 +387,9 @@ class _GuardedApp:
         if started:
             raise _Refused  # too late for a status: end the connection, so that the answer is seen to be cut
         await _answer(send, status, text)
+
+
+Speak = Callable[[_GuardedApp, _BoundedStream, HttpLimits], Awaitable[None]]
 
 
 def _is_peers_end(error: Exception) -> bool:
