@@ -162,10 +162,9 @@ def _refusal(request: h11.Request) -> int | None:
     """The status for what is no plain request."""
     if request.method in (b"CONNECT", b"PRI"):
         return 405
-    if request.http_version not in (b"1.0", b"1.1"):
-        return 505
     names = {name for name, _ in request.headers}
-    return 400 if b"upgrade" in names or b"http2-settings" in names else None
+    unknown = request.http_version not in (b"1.0", b"1.1")  # the peer's fault, as what is no HTTP at all
+    return 400 if unknown or b"upgrade" in names or b"http2-settings" in names else None
 
 
 class _Exchange:
