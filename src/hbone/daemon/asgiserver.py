@@ -17,6 +17,8 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 
+from hbone.daemon.http1 import refusal
+
 if TYPE_CHECKING:
     from hypercorn.typing import AppWrapper
 
@@ -33,16 +35,11 @@ class _Http1Only(H11Protocol):
     """Answers what is no plain request with an error instead of changing the protocol."""
 
     async def _check_protocol(self, event: Any) -> None:
-        names = {bytes(name).lower() for name, _ in event.headers}
-        if event.method == b"CONNECT" or event.method == b"PRI":
-            await self._refuse(405)
-        if b"upgrade" in names or b"http2-settings" in names:
-            await self._refuse(400)
-
-    async def _refuse(self, status: int) -> None:
-        await self._send_error_response(status)
-        await self.send(Closed())
-        raise _Refused
+        status = refusal(event)
+        if status is not None:
+            await self._send_error_response(status)
+            await self.send(Closed())
+            raise _Refused
 
 
 class _Http1Server(TCPServer):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Answer = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-__all__ = ["Http1Connection", "PeerGone"]
+__all__ = ["Http1Connection", "PeerGone", "refusal"]
 
 _READ = 64 * 1024
 _LINGER_SECONDS = 1.0
@@ -119,7 +119,9 @@ class Http1Connection:
                 event = await self.event()
                 if not isinstance(event, h11.Request):
                     return None  # the peer's end
-                status = _refusal(event)
+                status = refusal(event)
+                if status is None and event.http_version not in (b"1.0", b"1.1"):
+                    status = 400  # the peer's fault, as what is no HTTP at all
                 if status is None:
                     return event
                 await self.refuse(status)
@@ -158,13 +160,12 @@ class Http1Connection:
                     break
 
 
-def _refusal(request: h11.Request) -> int | None:
-    """The status for what is no plain request."""
+def refusal(request: h11.Request) -> int | None:
+    """The status for what leads out of HTTP/1.1; None for a plain request."""
     if request.method in (b"CONNECT", b"PRI"):
         return 405
     names = {name for name, _ in request.headers}
-    unknown = request.http_version not in (b"1.0", b"1.1")  # the peer's fault, as what is no HTTP at all
-    return 400 if unknown or b"upgrade" in names or b"http2-settings" in names else None
+    return 400 if b"upgrade" in names or b"http2-settings" in names else None
 
 
 class _Exchange:
