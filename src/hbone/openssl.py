@@ -234,7 +234,7 @@ def _parsed(der: bytes) -> x509.Certificate:
     return x509.load_der_x509_certificate(der)
 
 
-def _certificate(pointer: Any) -> x509.Certificate:
+def _certificate(handle: Any) -> x509.Certificate:
     """A certificate of OpenSSL's. The same bytes give the same object, so its extensions are parsed once.
 
     Raises:
@@ -242,7 +242,7 @@ def _certificate(pointer: Any) -> x509.Certificate:
     """
     bio, start = lib.BIO_new(lib.BIO_s_mem()), ffi.new("char **")
     try:
-        if bio == ffi.NULL or lib.i2d_X509_bio(bio, pointer) != 1:
+        if bio == ffi.NULL or lib.i2d_X509_bio(bio, handle) != 1:
             raise ValueError(f"the certificate cannot be encoded: {drain_error_queue()}")
         nbytes = lib.BIO_get_mem_data(bio, start)
         der: bytes = ffi.buffer(start[0], nbytes)[:]
@@ -257,13 +257,13 @@ def peer_certificates(ssl: Any) -> tuple[x509.Certificate | None, tuple[x509.Cer
     Raises:
         ValueError: one of them cannot be parsed.
     """
-    pointer = lib.SSL_get_peer_certificate(ssl)
-    if pointer == ffi.NULL:
+    handle = lib.SSL_get_peer_certificate(ssl)
+    if handle == ffi.NULL:
         return None, ()
     try:
-        leaf = _certificate(pointer)
+        leaf = _certificate(handle)
     finally:
-        lib.X509_free(pointer)
+        lib.X509_free(handle)
     chain = lib.SSL_get0_verified_chain(ssl)
     if chain == ffi.NULL:
         return leaf, ()
@@ -279,10 +279,10 @@ def verify_callback(judge: Callable[[SSL.Connection, x509.Certificate, int, int,
     """
 
     def called(ok: int, store: Any) -> int:
-        pointer = lib.X509_STORE_CTX_get_current_cert(store)
-        if pointer == ffi.NULL:  # an error of the whole path
+        handle = lib.X509_STORE_CTX_get_current_cert(store)
+        if handle == ffi.NULL:  # an error of the whole path
             return 0
-        certificate = _certificate(pointer)
+        certificate = _certificate(handle)
         number = lib.X509_STORE_CTX_get_error(store)
         depth = lib.X509_STORE_CTX_get_error_depth(store)
         ssl = lib.X509_STORE_CTX_get_ex_data(store, lib.SSL_get_ex_data_X509_STORE_CTX_idx())
