@@ -8,7 +8,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ztunnel.dataplane.reactor import Reactor
-from ztunnel.dataplane.relay import HEADROOM, READ_BUFFER, Relay
+from ztunnel.dataplane.relay import CHUNK, HEADROOM, READ_BUFFER, Relay
 from ztunnel.dataplane.sockets import SocketCalls
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class FakeFar:
         self.credits: list[int] = []
 
     def room(self) -> int:
-        return min(self.window, 65_536)
+        return min(self.window, CHUNK)
 
     def take(self, nbytes: int) -> None:
         assert nbytes <= self.window

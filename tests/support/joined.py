@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import select
+import socket
 from typing import TYPE_CHECKING, Any, cast
 
 from tests.support.dataplane import scripted_reactor
@@ -20,8 +21,6 @@ from ztunnel.dataplane.sockets import SocketCalls
 from ztunnel.dataplane.tunnel import Tunnel
 
 if TYPE_CHECKING:
-    import socket
-
     from hbone.errors import ErrorCode
     from hbone.events import Headers
     from ztunnel.dataplane.reactor import Reactor
@@ -81,6 +80,11 @@ class Wire:
 class JoinedSocket:
     """One end of two wires."""
 
+    segment = 1448
+    """What its kernel would put into one segment; that of Ethernet."""
+    largest = 0
+    """Bytes of the largest `send`."""
+
     def __init__(self, inwards: Wire, outwards: Wire, calls: collections.Counter[str]) -> None:
         self.inwards = inwards
         self.outwards = outwards
@@ -93,10 +97,15 @@ class JoinedSocket:
 
     def send(self, data: Any, flags: int = 0, /) -> int:
         self.calls["send"] += 1
+        self.largest = max(self.largest, len(data))
         return self.outwards.put(data)
 
     def fileno(self) -> int:
         return self.number
+
+    def getsockopt(self, level: int, option: int) -> int:
+        assert (level, option) == (socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+        return self.segment
 
     def setsockopt(self, *_: Any) -> None:
         self.calls["setsockopt"] += 1
@@ -164,7 +173,7 @@ class Side:
 class Joined:
     """Both, with a stream that stands. `push` puts bytes before an app's socket, `turn` lets both work."""
 
-    def __init__(self, config: ConnectionConfig | None = None) -> None:
+    def __init__(self, config: ConnectionConfig | None = None, segment: int = 1448) -> None:
         config = config or ConnectionConfig()
         self.calls: collections.Counter[str] = collections.Counter()
         there, back = Wire(), Wire()
@@ -185,6 +194,7 @@ class Joined:
                 now=0.0,
             )
             sock = JoinedSocket(*wires, self.calls)
+            sock.segment = segment
             side.tunnel = Tunnel(
                 side.reactor,
                 SocketCalls(),

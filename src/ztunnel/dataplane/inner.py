@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 from hbone.endpoint import Endpoint
 from hbone.errors import ErrorCode, HboneError, LocalProtocolError
 from hbone.tls import TlsContext
-from ztunnel.dataplane.relay import HEADROOM, READ_BUFFER
+from ztunnel.dataplane.packets import burst_of
+from ztunnel.dataplane.relay import CHUNK, HEADROOM, READ_BUFFER
 from ztunnel.dataplane.tunnel import Tunnel
 from ztunnel.errors import (
     ConnectFailed,
@@ -149,6 +150,10 @@ class InnerTunnel(Tunnel):
             LocalProtocolError: the outer tunnel takes no further stream.
         """
         self._carrier.end = outer.connect(headers, self, self)
+
+    def _best_burst(self) -> int:
+        end = self._carrier.end
+        return CHUNK if end is None else burst_of(end.tunnel.burst)  # what is encrypted twice leaves in one packet, too
 
     # Into the stream
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from hbone.errors import ErrorCode
 from hbone.tls import IoBuffer
 from ztunnel.dataplane.farewell import close_when_delivered
+from ztunnel.dataplane.packets import BURST
 from ztunnel.dataplane.reactor import READ, READ_WRITE, WRITE
 from ztunnel.dataplane.sockets import DONTWAIT
 
@@ -40,8 +41,8 @@ __all__ = ["CHUNK", "ENDS", "HEADROOM", "READ_BUFFER", "FarEnd", "Owner", "Relay
 
 HEADROOM: Final = 9
 """Bytes kept free before a payload, for the header of its DATA frame."""
-CHUNK: Final = 64 * 1024
-"""Bytes of one read at most, and so of one DATA frame that we send."""
+CHUNK: Final = BURST
+"""Bytes of one read at most, and so of one DATA frame that we send: as many as leave in one packet."""
 READ_BUFFER: Final = IoBuffer(HEADROOM + CHUNK)
 """What every relay reads into; a far end takes or keeps all of it before it returns."""
 ENDS: Final = frozenset({ErrorCode.NO_ERROR, ErrorCode.CANCEL, ErrorCode.STREAM_CLOSED})

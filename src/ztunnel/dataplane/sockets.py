@@ -289,6 +289,13 @@ class SocketCalls:
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return OSError(code, os.strerror(code)) if code else None
 
+    def segment(self, sock: socket.SocketType) -> int:
+        """Bytes that the kernel puts into one segment of a connected socket; 0 where it does not say."""
+        try:
+            return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+        except OSError:
+            return 0
+
     def unsent(self, sock: StreamSocket) -> int:
         """Bytes written, FIN included, that the other end's kernel has not confirmed."""
         try:

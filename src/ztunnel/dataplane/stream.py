@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hbone.errors import LocalProtocolError
-from ztunnel.dataplane.relay import CHUNK, READ_BUFFER
+from ztunnel.dataplane.relay import READ_BUFFER
 
 if TYPE_CHECKING:
     from hbone.errors import ErrorCode
@@ -97,7 +97,8 @@ class StreamEnd:
             except LocalProtocolError:  # one read brought what we act on and the stream's end, which is told next
                 return 0
             if room > 0:
-                return room if room < CHUNK else CHUNK
+                burst = self.tunnel.burst
+                return room if room < burst else burst
         self.tunnel.wait(self)
         return 0
 

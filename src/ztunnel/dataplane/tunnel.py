@@ -30,7 +30,9 @@ from hbone.events import (
 )
 from hbone.tls import IoBuffer
 from ztunnel.dataplane.farewell import close_when_delivered
+from ztunnel.dataplane.packets import burst_of, packet_of
 from ztunnel.dataplane.reactor import GONE, READ_WRITE, WRITE
+from ztunnel.dataplane.relay import CHUNK
 from ztunnel.dataplane.sockets import DONTWAIT
 from ztunnel.dataplane.stream import StreamEnd, StreamUser
 from ztunnel.errors import ConnectFailed, ConnectTimedOut, DataplaneError, Http2Failed, PeerRevoked, TlsFailed
@@ -108,6 +110,7 @@ class Tunnel:
         "_waiting",
         "address",
         "blocked",
+        "burst",
         "closed",
         "closing",
         "connected",
@@ -140,6 +143,8 @@ class Tunnel:
         """It ends, cleanly, when its last stream has."""
         self.blocked = False
         """The socket takes no more; `_pending` waits for it."""
+        self.burst = CHUNK
+        """Bytes of payload to send at once, so that they leave in one packet."""
         self.dirty = False
         """`flush` is called when the turn ends."""
         self.streams: dict[int, StreamEnd] = {}
@@ -456,6 +461,7 @@ class Tunnel:
 
     def _connection_event(self, event: Event) -> None:
         if isinstance(event, HandshakeCompleted):
+            self.burst = self._best_burst()
             self._owner.tunnel_established(self)
         elif isinstance(event, PingAcknowledged):
             if self.pinged_at is not None:
@@ -470,6 +476,9 @@ class Tunnel:
                 self._lose(ConnectTimedOut(event.reason))
             else:
                 self.close(Http2Failed(event.reason) if self.established else TlsFailed(event.reason))
+
+    def _best_burst(self) -> int:
+        return min(burst_of(packet_of(self._calls.segment(self._sock))), CHUNK)
 
     def _stream_ended(self, end: StreamEnd) -> None:
         end.ended = True
