@@ -5,15 +5,18 @@
    in the one that pyOpenSSL holds, so both see the same connections. Pointers come as numbers; who passes one keeps
    what it points to alive.
 
-   Nothing here blocks, so the interpreter's lock is kept. */
+   Nothing here blocks but `poll`, so the interpreter's lock is kept. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <errno.h>
 #include <limits.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 
 #define RECORD 16384      /* payload of a TLS record at most. RFC 8446 5.1 */
+#define ADDRESSES 10      /* of functions of OpenSSL's */
+#define EVENTS 256        /* of one `poll` at most */
 #define SSL_WANT_READ 2   /* what SSL_get_error says: values of OpenSSL's interface, the same in all versions */
 #define SSL_ZERO_RETURN 6
 
@@ -121,6 +124,48 @@ static PyType_Spec socket_spec = {
     .slots = socket_slots,
 };
 
+/* --- epoll */
+
+PyDoc_STRVAR(poll_doc, "poll(epoll, timeout, limit, /)\n--\n\n"
+                       "Events (descriptor, mask) of an epoll's descriptor. Timeout: -1 waits, 0 does not.");
+
+static PyObject *poll_events(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    struct epoll_event events[EVENTS];
+    long value[3];
+    if (count != 3) {
+        PyErr_SetString(PyExc_TypeError, "three arguments are wanted");
+        return NULL;
+    }
+    for (int i = 0; i < 3; i++) {
+        value[i] = PyLong_AsLong(args[i]);
+        if (value[i] == -1 && PyErr_Occurred())
+            return NULL;
+    }
+    int limit = value[2] < 1 ? 1 : value[2] > EVENTS ? EVENTS : (int)value[2], found;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        found = epoll_wait((int)value[0], events, limit, value[1] < 0 ? -1 : 0);
+        Py_END_ALLOW_THREADS
+    } while (found < 0 && errno == EINTR && PyErr_CheckSignals() == 0);
+    if (found < 0)
+        return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
+    PyObject *list = PyList_New(found);
+    for (int i = 0; list != NULL && i < found; i++) {
+        PyObject *fd = PyLong_FromLong(events[i].data.fd), *mask = PyLong_FromUnsignedLong(events[i].events);
+        PyObject *event = fd != NULL && mask != NULL ? PyTuple_New(2) : NULL;
+        if (event == NULL) {
+            Py_XDECREF(fd);
+            Py_XDECREF(mask);
+            Py_CLEAR(list);
+        } else {
+            PyTuple_SET_ITEM(event, 0, fd);
+            PyTuple_SET_ITEM(event, 1, mask);
+            PyList_SET_ITEM(list, i, event);
+        }
+    }
+    return list;
+}
+
 /* --- OpenSSL */
 
 static struct {
@@ -131,6 +176,9 @@ static struct {
     int (*bio_read)(void *, void *, int);
     int (*bio_write)(void *, const void *, int);
     long (*bio_get_mem_data)(void *, char **);
+    void *(*bio_new_mem_buf)(const void *, int);
+    void (*bio_set_mem_eof_return)(void *, int);
+    void (*ssl_set_bio)(void *, void *, void *);
 } tls;
 
 /* Numbers of a call; false with an exception set. */
@@ -156,12 +204,12 @@ static int bounded(Py_ssize_t nbytes) { return nbytes < 0 ? 0 : nbytes > INT_MAX
 PyDoc_STRVAR(use_doc, "use(*addresses, /)\n--\n\nTake OpenSSL's functions, in the order of FUNCTIONS.");
 
 static PyObject *use(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    void *found[7];
-    if (count != 7) {
-        PyErr_SetString(PyExc_TypeError, "seven addresses are wanted");
+    void *found[ADDRESSES];
+    if (count != ADDRESSES) {
+        PyErr_Format(PyExc_TypeError, "%d addresses are wanted", ADDRESSES);
         return NULL;
     }
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < ADDRESSES; i++) {
         found[i] = PyLong_AsVoidPtr(args[i]);
         if (found[i] == NULL) {
             if (!PyErr_Occurred())
@@ -175,6 +223,9 @@ static PyObject *use(PyObject *module, PyObject *const *args, Py_ssize_t count) 
     *(void **)&tls.bio_read = found[4];
     *(void **)&tls.bio_write = found[5];
     *(void **)&tls.bio_get_mem_data = found[6];
+    *(void **)&tls.bio_new_mem_buf = found[7];
+    *(void **)&tls.bio_set_mem_eof_return = found[8];
+    *(void **)&tls.ssl_set_bio = found[9];
     *(void **)&tls.clear_errors = found[0];
     Py_RETURN_NONE;
 }
@@ -233,6 +284,20 @@ static PyObject *put(PyObject *module, PyObject *const *args, Py_ssize_t count) 
     return PyLong_FromLong(tls.bio_write((void *)value[0], (void *)value[1], bounded(value[2])));
 }
 
+PyDoc_STRVAR(lend_doc, "lend(ssl, where, nbytes, out, /)\n--\n\nSee hbone.openssl.");
+
+static PyObject *lend(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t value[4];
+    if (!numbers(args, count, 4, value))
+        return NULL;
+    void *into = tls.bio_new_mem_buf((void *)value[1], bounded(value[2]));
+    if (into == NULL)
+        return PyErr_NoMemory();
+    tls.bio_set_mem_eof_return(into, -1);
+    tls.ssl_set_bio((void *)value[0], into, (void *)value[3]);
+    return PyLong_FromSsize_t((Py_ssize_t)into);
+}
+
 PyDoc_STRVAR(take_doc, "take(out, where, room, /)\n--\n\nSee hbone.openssl.");
 
 static PyObject *take(PyObject *module, PyObject *const *args, Py_ssize_t count) {
@@ -252,11 +317,13 @@ static PyObject *pending(PyObject *module, PyObject *const *args, Py_ssize_t cou
 }
 
 static PyMethodDef functions[] = {
+    {"poll", (PyCFunction)(void (*)(void))poll_events, METH_FASTCALL, poll_doc},
     {"use", (PyCFunction)(void (*)(void))use, METH_FASTCALL, use_doc},
     {"read_records", (PyCFunction)(void (*)(void))read_records, METH_FASTCALL, read_records_doc},
     {"write_records", (PyCFunction)(void (*)(void))write_records, METH_FASTCALL, write_records_doc},
     {"write_small", (PyCFunction)(void (*)(void))write_small, METH_FASTCALL, write_small_doc},
     {"put", (PyCFunction)(void (*)(void))put, METH_FASTCALL, put_doc},
+    {"lend", (PyCFunction)(void (*)(void))lend, METH_FASTCALL, lend_doc},
     {"take", (PyCFunction)(void (*)(void))take, METH_FASTCALL, take_doc},
     {"pending", (PyCFunction)(void (*)(void))pending, METH_FASTCALL, pending_doc},
     {NULL, NULL, 0, NULL},
@@ -305,8 +372,9 @@ PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
-    PyObject *names = Py_BuildValue("(sssssss)", "ERR_clear_error", "SSL_read", "SSL_write", "SSL_get_error",
-                                    "BIO_read", "BIO_write", "BIO_get_mem_data");
+    PyObject *names = Py_BuildValue("(ssssssssss)", "ERR_clear_error", "SSL_read", "SSL_write", "SSL_get_error",
+                                    "BIO_read", "BIO_write", "BIO_get_mem_data", "BIO_new_mem_buf",
+                                    "BIO_set_mem_eof_return", "SSL_set_bio");
     if (names == NULL || PyModule_AddObjectRef(module, "FUNCTIONS", names) < 0 || add_socket(module) < 0) {
         Py_XDECREF(names);
         Py_DECREF(module);

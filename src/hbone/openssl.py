@@ -33,6 +33,7 @@ __all__ = [
     "drain_error_queue",
     "ffi",
     "info_callback",
+    "lend",
     "lib",
     "peer_certificates",
     "pending",
@@ -156,6 +157,15 @@ def _read_records(ssl: Any, into: Any, where: Any, room: int) -> int:
             return total
 
 
+def _lend(ssl: Any, where: Any, nbytes: int, out: Any) -> Any:
+    into = lib.BIO_new_mem_buf(where, nbytes)
+    if into == ffi.NULL:
+        raise MemoryError
+    lib.BIO_set_mem_eof_return(into, -1)  # its end is no end of the connection
+    lib.SSL_set_bio(ssl, into, out)
+    return into
+
+
 pointer: Final[Any] = _address if NATIVE else _handle
 """What the functions below take, of a handle of cffi's."""
 read_records: Final[Any] = native.read_records if NATIVE else _read_records
@@ -170,6 +180,11 @@ write_small: Final[Any] = native.write_small if NATIVE else getattr(lib, "SSL_wr
 """The same of a bytes object (ssl, data, nbytes)."""
 put: Final[Any] = native.put if NATIVE else getattr(lib, "BIO_write", None)
 """Copy ciphertext in (into, where, nbytes)."""
+lend: Final[Any] = native.lend if NATIVE else _lend
+"""Let the connection read ciphertext where it stands (ssl, where, nbytes, out): the BIO that it reads from now.
+
+The one before is freed; `out`, which it writes to, stays. Raises MemoryError.
+"""
 take: Final[Any] = native.take if NATIVE else getattr(lib, "BIO_read", None)
 """Copy ciphertext out (out, where, room): bytes, or -1 when there are none."""
 pending: Final[Any] = native.pending if NATIVE else getattr(lib, "BIO_get_mem_data", None)

@@ -20,6 +20,7 @@ from hbone.openssl import (
     IoBuffer,
     drain_error_queue,
     ffi,
+    lend,
     lib,
     peer_certificates,
     pending,
@@ -284,9 +285,9 @@ class TlsConnection:
                 self._keep_read_buffer()
             if nbytes >= _LENT and not self.has_ciphertext():
                 # A copy to OpenSSL's own memory, which it clears before, would cost more than this.
-                lent = lib.BIO_new_mem_buf(buffer.handle, nbytes)
-                self._read_from(lent)
-                lib.BIO_set_mem_eof_return(lent, -1)  # its end is no end of the connection
+                self._into = lend(self._ssl, buffer.c, nbytes, self._out)
+                if self._lent is None:
+                    self._connection._into_ssl = None  # that one is gone
                 self._lent = buffer
                 return
         if self._lent is not None:
@@ -297,16 +298,14 @@ class TlsConnection:
         """Read from OpenSSL's own memory again."""
         if self.has_ciphertext():
             self._fail(TlsError("ciphertext was received before what came earlier was read"))
-        self._read_from(lib.BIO_new(lib.BIO_s_mem()))
-        self._lent = None
-
-    def _read_from(self, into: Any) -> None:
+        into = lib.BIO_new(lib.BIO_s_mem())
         if into == ffi.NULL:
             raise MemoryError
         connection = self._connection
         lib.SSL_set_bio(connection._ssl, into, connection._from_ssl)  # frees the one before
         connection._into_ssl = into
         self._into = pointer(into)
+        self._lent = None
 
     def receive_eof(self) -> None:
         """The transport ended; call it when all was read. Sets `lost` where no close_notify came before."""

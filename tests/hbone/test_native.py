@@ -1,14 +1,17 @@
-"""The calls of each read and write in C: sockets as those of the library, and the tests of TLS once more on them."""
+"""The calls of each turn in C: sockets and epoll as those of the library, and the tests of TLS once more on them."""
 
 from __future__ import annotations
 
 import errno
 import importlib.util
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +158,56 @@ def test_wrong_arguments_are_refused(
         joined[0].recv_into(*arguments)
 
 
+def test_poll_tells_what_epoll_does(native: Any) -> None:
+    with select.epoll() as epoll:
+        assert native.poll(epoll.fileno(), 0, 256) == []
+        pairs = [socket.socketpair() for _ in range(300)]
+        for one, other in pairs:
+            epoll.register(one.fileno(), select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+            other.send(b"x")
+        pairs[0][1].close()
+        assert native.poll(epoll.fileno(), -1, 1) == [(pairs[0][0].fileno(), select.EPOLLIN | 0x2000 | select.EPOLLHUP)]
+        told = native.poll(epoll.fileno(), 0, 1 << 20)
+        assert len(told) == 256  # at most, whatever is asked for
+        told += native.poll(epoll.fileno(), 0, 256)
+        assert sorted(told) == [(one.fileno(), select.EPOLLIN) for one, _ in pairs[1:]]
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        native.poll(-1, 0, 256)
+    for arguments in ((), (1, 2), (1, None, 3)):
+        with pytest.raises(TypeError):
+            native.poll(*arguments)
+
+
+def test_poll_lets_others_run_and_signals_in(native: Any) -> None:
+    reading, writing = os.pipe()
+    with select.epoll() as epoll, open(reading, "rb"), open(writing, "wb", buffering=0) as end:
+        epoll.register(reading, select.EPOLLIN)
+        threading.Timer(0.05, end.write, [b"x"]).start()
+        assert native.poll(epoll.fileno(), -1, 256) == [(reading, select.EPOLLIN)]
+        epoll.unregister(reading)
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        def write(*_: object) -> None:
+            end.write(b"y")
+            epoll.register(reading, select.EPOLLIN)
+
+        before = signal.signal(signal.SIGUSR1, interrupt)
+        try:
+            threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+            with pytest.raises(KeyboardInterrupt):
+                native.poll(epoll.fileno(), -1, 256)
+            signal.signal(signal.SIGUSR1, write)
+            threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+            assert native.poll(epoll.fileno(), -1, 256) == [(reading, select.EPOLLIN)]  # it waited on
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+
 def test_nothing_is_called_before_it_knows_where(native: Any) -> None:
     for call, arguments in {
         native.read_records: (1, 1, 1, 1),
@@ -162,12 +215,14 @@ def test_nothing_is_called_before_it_knows_where(native: Any) -> None:
         native.write_small: (1, b"", 0),
         native.put: (1, 1, 1),
         native.take: (1, 1, 1),
+        native.lend: (1, 1, 1, 1),
         native.pending: (1, 0),
     }.items():
         with pytest.raises(RuntimeError, match=r"use\(\)"):
             call(*arguments)
         with pytest.raises(TypeError):
             call()
-    for addresses, error in (((), TypeError), ((0,) * 7, ValueError), (("a",) * 7, TypeError)):
+    count = len(native.FUNCTIONS)
+    for addresses, error in (((), TypeError), ((0,) * count, ValueError), (("a",) * count, TypeError)):
         with pytest.raises(error):
             native.use(*addresses)

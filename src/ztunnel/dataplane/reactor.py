@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
 import trio
 
 from hbone.daemon.logs import get_logger
+from ztunnel.dataplane.sockets import poll_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -366,7 +367,7 @@ class Reactor:
 
     def _loop(self, outcomes: list[Any]) -> None:
         ticks = self._ticks
-        poll = self._poller.poll
+        poll = poll_of(self._poller)
         while True:
             if ticks:
                 for _ in range(len(ticks)):
@@ -394,7 +395,7 @@ class Reactor:
     async def run_in_trio(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The same loop as one task of a program that runs Trio itself; until cancelled. A third dearer."""
         self._open_wake_fd()
-        poll = self._poller.poll
+        poll = poll_of(self._poller)
         fd = self._poller.fileno()
         turns = 0
         self.stopping = False

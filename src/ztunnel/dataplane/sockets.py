@@ -11,6 +11,7 @@ import errno
 import fcntl
 import functools
 import os
+import select
 import socket
 import struct
 import termios
@@ -22,13 +23,18 @@ import attrs
 from ztunnel.mesh.address import canonical, parse_ip
 
 try:
-    from hbone._native import Socket
+    from hbone import _native as native
 except ImportError:
-    Socket = socket.SocketType  # type: ignore[assignment, misc]  # not built: the same calls, which cost more
+    native = None  # type: ignore[assignment]  # not built: the same calls, which cost more
+
+Socket = socket.SocketType if native is None else native.Socket
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Buffer
 
+    from ztunnel.dataplane.handlers import Poller
     from ztunnel.mesh.address import Address, IpAddress
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "SocketCalls",
     "SocketOptions",
     "StreamSocket",
+    "poll_of",
     "text_of",
 ]
 
@@ -64,6 +71,13 @@ class StreamSocket(Protocol):
     def setsockopt(self, level: int, optname: int, value: bytes, /) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
     def fileno(self) -> int: ...  # noqa: D102
+
+
+def poll_of(poller: Poller) -> Callable[[int, int], list[tuple[int, int]]]:
+    """Its `poll` for a timeout of 0 or -1, as cheap as it can be had; of no use once the poller is closed."""
+    if native is not None and type(poller) is select.epoll:
+        return functools.partial(native.poll, poller.fileno())
+    return poller.poll
 
 
 @functools.lru_cache(maxsize=4096)

@@ -338,10 +338,10 @@ class Tunnel:
         self.dirty = False
         if self.blocked or self.closed or not self.connected:
             return
-        into = self.endpoint.data_to_send_into
+        endpoint = self.endpoint
         size = _OUT.size
         while True:
-            nbytes = into(_OUT)
+            nbytes = endpoint.data_to_send_into(_OUT)
             if not nbytes:
                 return
             try:
@@ -356,7 +356,7 @@ class Tunnel:
                 self.blocked = True
                 return
             if nbytes < size:
-                self._calm = self.endpoint.established
+                self._calm = endpoint.established
                 return
 
     def _write_pending(self) -> None:
