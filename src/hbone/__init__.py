@@ -6,8 +6,9 @@ The names here need no event loop. `hbone.trio` and `hbone.asyncio` bring one, a
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hbone.lazy import names_at_first_use
 
 if TYPE_CHECKING:
     from hbone.admission import Admission
@@ -141,14 +142,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what `name` needs when it is first used: a command's --help shall not wait for OpenSSL."""
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'hbone' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+__getattr__ = names_at_first_use(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ SRC = pathlib.Path(hbone.__file__).parents[1]
 PACKAGES = ("hbone", "ztunnel", "miniistiod")
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("enums", "version"),
+    ("enums", "lazy", "version"),
     ("errors",),
     ("events", "fields", "config", "admission", "commandline"),
     ("connect", "engine", "identity", "openssl", "daemon"),

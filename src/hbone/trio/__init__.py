@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hbone.lazy import names_at_first_use
 
 if TYPE_CHECKING:
     from hbone.trio.client import open_tunnel
@@ -26,24 +27,17 @@ __all__ = [
 ]
 
 _HOME = {
-    "Connection": "connection",
-    "ConnectionPool": "pool",
-    "HboneStream": "stream",
-    "open_tunnel": "client",
-    "serve": "server",
-    "serve_listeners": "server",
-    "serve_transport": "server",
+    "Connection": "hbone.trio.connection",
+    "ConnectionPool": "hbone.trio.pool",
+    "HboneStream": "hbone.trio.stream",
+    "open_tunnel": "hbone.trio.client",
+    "serve": "hbone.trio.server",
+    "serve_listeners": "hbone.trio.server",
+    "serve_transport": "hbone.trio.server",
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import what `name` needs when it is first used: a daemon may want one module of this package only."""
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'hbone.trio' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hbone.trio.{home}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = names_at_first_use(__name__, _HOME)  # a daemon may want one module of this package only
 
 
 def __dir__() -> list[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import trio
 
 from hbone.config import MIB
 from hbone.errors import ConnectionLost
 from hbone.grpc import Call, ClientConnection, GrpcConfig, GrpcError, GrpcUnavailable, Metadata, StatusCode
+from hbone.lazy import names_at_first_use
 from hbone.tls import IoBuffer, TlsConnection, TlsContext
 from hbone.trio.grpctransport import CHUNK, Transport
 
@@ -28,14 +28,7 @@ __all__ = ["GrpcCall", "GrpcClient", "GrpcServer", "GrpcStream", "Handler", "Ser
 _OF_SERVER = ("GrpcCall", "GrpcServer", "Handler", "ServerStatistics")
 _log = logging.getLogger(__name__)
 
-
-def __getattr__(name: str) -> Any:
-    """Import the server when it is first used: most processes are clients alone."""
-    if name not in _OF_SERVER:
-        raise AttributeError(f"module 'hbone.trio.grpc' has no attribute {name!r}")
-    value = getattr(importlib.import_module("hbone.trio.grpcserver"), name)
-    globals()[name] = value
-    return value
+__getattr__ = names_at_first_use(__name__, dict.fromkeys(_OF_SERVER, "hbone.trio.grpcserver"))  # most are clients alone
 
 
 class GrpcStream:
