@@ -245,7 +245,7 @@ def own_settings(**more: Any) -> Config:
 
 @pytest.mark.parametrize(
     ("shares", "count"),
-    [(2, 1000), (4, 1000), (8, 4000)],  # by the kernel's hash, so by chance: a quarter is 4.5 standard deviations or more
+    [(2, 1000), (4, 1000), (8, 4000)],  # the kernel's hash is chance: a quarter is 4.5 standard deviations or more
 )
 def test_connections_of_one_client_spread_evenly(shares: int, count: int) -> None:
     found = open_listeners(SocketCalls(), own_settings(), shares).shares
