@@ -19,11 +19,13 @@ __all__ = [
     "Fact",
     "Facts",
     "Limits",
+    "Round",
     "Sample",
     "Samples",
     "Verdict",
     "fact_ratio",
     "judge",
+    "quietest",
     "ratio",
     "spread",
     "summary",
@@ -133,6 +135,25 @@ def spread(numbers: Sequence[float]) -> float:
     return (high - low) / middle if middle else 0.0
 
 
+@attrs.frozen
+class Round:
+    """One turn of each peer at one workload."""
+
+    steal: float
+    """Share of the machine that the hypervisor took away meanwhile."""
+    samples: dict[str, Sample]
+    """By peer."""
+
+
+def quietest(made: Sequence[Round], rounds: int) -> list[Round]:
+    """So many of the rounds that were made: those of which the hypervisor took least, in the order they were made.
+
+    A round is kept or dropped as a whole, and not for what it found, so this favours no peer.
+    """
+    kept = sorted(range(len(made)), key=lambda number: made[number].steal)[:rounds]
+    return [made[number] for number in sorted(kept)]
+
+
 @attrs.frozen(kw_only=True)
 class Limits:
     """What a run may be like and still be published. Spreads are those of `spread`."""
@@ -146,7 +167,7 @@ class Limits:
     shaky: float = 0.25
     """Share of the workloads whose ratio may be over that."""
     steal: float = 0.05
-    """Share of the machine that the hypervisor took away."""
+    """Share of the machine that the hypervisor took away, in the mean of the rounds that count."""
     foreign: float = 0.10
     """Share of the machine that processes used which are not the bench's."""
 

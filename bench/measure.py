@@ -14,7 +14,18 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Cpu", "HostLoad", "cpu", "descendants", "host_facts", "raise_descriptor_limit", "resident", "spawn"]
+__all__ = [
+    "Cpu",
+    "HostLoad",
+    "cpu",
+    "descendants",
+    "host_facts",
+    "machine_ticks",
+    "raise_descriptor_limit",
+    "resident",
+    "spawn",
+    "stolen",
+]
 
 HERTZ = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -133,18 +144,25 @@ def _proportional(pid: int) -> float:
     return next((int(line.split()[1]) * 1024 / 1e6 for line in rollup.splitlines() if line.startswith("Pss:")), 0.0)
 
 
+def machine_ticks() -> list[int]:
+    """Ticks of all cores: user, nice, system, idle, iowait, irq, softirq, steal."""
+    with open("/proc/stat") as stat:
+        return [int(value) for value in stat.readline().split()[1:9]]
+
+
+def stolen(before: list[int]) -> float:
+    """Share of the machine that the hypervisor took since `machine_ticks` gave `before`."""
+    ticks = [now - was for now, was in zip(machine_ticks(), before, strict=True)]
+    return ticks[7] / (sum(ticks) or 1)
+
+
 class HostLoad:
     """How much of the machine went to others while we measured."""
 
     def __init__(self) -> None:
         """Begin to watch."""
-        self._machine = self._read()
+        self._machine = machine_ticks()
         self._own = self._ours()
-
-    @staticmethod
-    def _read() -> list[int]:
-        with open("/proc/stat") as stat:
-            return [int(value) for value in stat.readline().split()[1:9]]
 
     @staticmethod
     def _ours() -> float:
@@ -155,7 +173,7 @@ class HostLoad:
     def shares(self) -> dict[str, float]:
         """Of the whole machine: `steal`, taken by the hypervisor; `foreign`, used by processes that are not ours."""
         user, nice, system, idle, wait, irq, softirq, steal = (
-            now - before for now, before in zip(self._read(), self._machine, strict=True)
+            now - before for now, before in zip(machine_ticks(), self._machine, strict=True)
         )
         busy = user + nice + system + irq + softirq
         whole = busy + idle + wait + steal

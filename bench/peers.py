@@ -76,6 +76,8 @@ class Plan:
     """Workloads that are pushed at once."""
     workers: int = 1
     """Worker threads or processes of each proxy."""
+    spare: int = 0
+    """Rounds of a workload that may be made again because the hypervisor took too much of the machine."""
     workloads: tuple[str, ...] = ()
     """Only these, where any are named."""
     pure: bool = False

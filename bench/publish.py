@@ -34,7 +34,8 @@ METHOD = (
     "turns that stood side by side. CPU is user and system of both proxies from the kernel's clock of each process; "
     "its split into user and system goes by ticks of 4 ms. Both write an access log to a file, keep statistics and ask "
     "a policy for each connection: Envoy by an RBAC filter on the CONNECT's principal, ours by an AuthorizationPolicy. "
-    "Times are microseconds at the client. `~`: the ratio swung by more than 15 % between rounds."
+    "Times are microseconds at the client. Rounds of which the hypervisor took more than 5 % of the machine are made "
+    "again, and the quietest count, whatever they show. `~`: the ratio swung by more than 15 % between rounds."
 )
 
 

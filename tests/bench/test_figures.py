@@ -7,10 +7,12 @@ from bench.catalogue import WORKLOADS, of_stage
 from bench.figures import (
     FACTS,
     Limits,
+    Round,
     Sample,
     Samples,
     fact_ratio,
     judge,
+    quietest,
     ratio,
     ratios,
     spread,
@@ -145,3 +147,18 @@ def test_every_workload_can_be_run() -> None:
     for workload in WORKLOADS.values():
         placeholders: list[Any] = [None, None, 0.0]
         inspect.signature(RUNNERS[workload.runner]).bind(*placeholders, **workload.arguments)
+
+
+@pytest.mark.parametrize(
+    ("steal", "kept"),
+    [
+        ([0.0, 0.0, 0.0], [0, 1, 2]),
+        ([0.3, 0.0, 0.1, 0.0], [1, 2, 3]),
+        ([0.3, 0.2, 0.1, 0.0, 0.4], [1, 2, 3]),
+        ([0.1, 0.1, 0.1, 0.1], [0, 1, 2]),
+        ([0.1], [0]),
+    ],
+)
+def test_rounds_that_count_are_those_the_hypervisor_left_alone(steal: list[float], kept: list[int]) -> None:
+    made = [Round(share, {"ours": sample(number)}) for number, share in enumerate(steal)]
+    assert quietest(made, 3) == [made[number] for number in kept]
