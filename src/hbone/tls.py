@@ -401,7 +401,8 @@ class TlsConnection:
         Raises:
             TlsError: the connection has failed, or was shut down.
         """
-        if write_records(self._ssl, buffer.c + start, nbytes) != nbytes and nbytes:
+        done: int = write_records(self._ssl, buffer.c + start, nbytes)
+        if done != nbytes and nbytes:
             self._write_failed()
 
     def _encrypt(self, source: Any, start: int, end: int) -> None:

@@ -108,6 +108,10 @@ class Inbound(Control):
         streams = self._streams
         largest = self._config.max_frame_size
         unpack = HEADER.unpack_from
+        # As whole numbers, and not as what `unpack` gives, they are compared and subtracted without a call (compiled).
+        word: int
+        flags: int
+        stream_id: int
         while size - position >= HEADER_SIZE:
             word, flags, stream_id = unpack(view, position)
             if not word & 0xFF and flags <= END_STREAM and self._plain:
@@ -125,7 +129,7 @@ class Inbound(Control):
                                 return
                             flags = 0
                             end = size
-                        taken = sink(view[position:end])
+                        taken: int = sink(view[position:end])
                         position = end
                         if taken:
                             released = stream.released + taken

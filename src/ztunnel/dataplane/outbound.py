@@ -160,11 +160,11 @@ class Outbound:
 
     def headers_for(self, record: AccessRecord, plan: Plan) -> Headers:
         """The CONNECT request. Source: ztunnel's headers."""
-        random_bits = self._random.getrandbits
+        ids = self._random.getrandbits(192).to_bytes(24, "big").hex()
         return (
             *plan.headers,
             (b"forwarded", b'for="%s"%s' % (record.source.encode(), plan.forwarded)),
-            (b"traceparent", b"00-%032x-%016x-00" % (random_bits(128), random_bits(64))),
+            (b"traceparent", f"00-{ids[:32]}-{ids[32:]}-00".encode()),
         )
 
     def on_time(self, now: float) -> None:
