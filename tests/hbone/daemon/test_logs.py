@@ -268,10 +268,10 @@ def test_a_reader_that_stands_still_costs_lines_not_time() -> None:
     assert logs.flush(timeout=30)
     got = out.getvalue().splitlines()
     dropped = [line for line in got if "log lines dropped" in line]
-    assert len(dropped) == 1
-    count = int(dropped[0].rpartition("count=")[2])
+    assert 1 <= len(dropped) <= 2  # the batch that stood still may have been made while lines were dropped
+    count = sum(int(line.rpartition("count=")[2]) for line in dropped)
     assert count >= 500 - 2 * logwriter.MAX_BATCH_LINES
-    assert len(got) - 1 + count == sent
+    assert len(got) - len(dropped) + count == sent
 
 
 def test_a_reader_that_went_away_is_no_error() -> None:
