@@ -53,6 +53,8 @@ _BATCH: Final = 256
 _HANDSHAKE_SECONDS: Final = 0.001
 _TURNS_PER_CHECKPOINT: Final = 32
 _SWEEP_SECONDS: Final = 1.0
+_SWEEP_SLICE: Final = 0.0003  # of a turn; and connections that then have something to send:
+_SWEEP_SENDS: Final = 4
 
 _log: Final = get_logger("ztunnel.dataplane")
 
@@ -101,6 +103,7 @@ class Reactor:
         self._timer_due = float("inf")
         self._swept: dict[Swept, None] = {}
         self._sweeping = False
+        self._to_ask: list[Swept] = []
         self._ticks: collections.deque[Callable[[], object]] = collections.deque()
         self._nursery: trio.Nursery | None = None
         self._wake_fd: int | None = None
@@ -178,13 +181,24 @@ class Reactor:
         self._swept.pop(swept, None)
 
     def _sweep(self) -> None:
-        now = self.now
-        for swept in list(self._swept):
+        self._to_ask = list(self._swept)
+        self._to_ask.reverse()
+        self._sweep_some()
+
+    def _sweep_some(self) -> None:
+        """A hundred tunnels that are due for a PING at once would keep everybody waiting: ask a few a turn."""
+        now, to_ask = self.now, self._to_ask
+        end = self.clock() + _SWEEP_SLICE
+        while to_ask:
+            swept = to_ask.pop()
             if swept in self._swept:
                 try:
                     swept.on_time(now)
                 except Exception:
                     self._fault(swept)
+            if to_ask and (len(self.dirty) >= _SWEEP_SENDS or self.clock() >= end):
+                self.later(self._sweep_some)
+                return
         self._sweeping = bool(self._swept)
         if self._sweeping:
             self.call_at(now + _SWEEP_SECONDS, self._sweep)

@@ -380,6 +380,56 @@ async def test_a_sweep_asks_everyone_once_a_second_while_anyone_is_there(
     assert asked == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("sends", "slices"), [(True, 25), (False, 1)])
+def test_a_sweep_leaves_turns_to_others_when_many_have_something_to_send(sends: bool, slices: int) -> None:
+    reactor = Reactor(clock=lambda: 0.0)
+    asked: list[int] = []
+
+    class Swept:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def on_time(self, now: float) -> None:
+            asked.append(self.number)
+            if sends:
+                reactor.flush_later(Flusher())
+
+    everyone = [Swept(number) for number in range(100)]
+    for one in everyone:
+        reactor.sweep(one)
+    reactor._sweep()
+    turns = 1
+    while reactor.busy:
+        if turns == 2:
+            reactor.unsweep(everyone[99])  # gone before its time came
+        reactor.turn(())
+        if reactor.busy:
+            turns += 1
+    assert turns == slices
+    assert asked == list(range(99 if sends else 100))
+    assert len(reactor._timers) == 2  # the first, which was not waited for, and that of the next sweep
+
+
+def test_a_sweep_that_takes_long_leaves_turns_to_others() -> None:
+    ticks = iter(range(1000))
+    reactor = Reactor(clock=lambda: float(next(ticks)))
+    asked: list[object] = []
+
+    class Slow:
+        def on_time(self, now: float) -> None:
+            asked.append(self)
+
+    for _ in range(3):
+        reactor.sweep(Slow())
+    reactor._sweep()
+    assert len(asked) == 1
+    reactor.turn(())
+    assert len(asked) == 2
+    reactor.turn(())
+    assert len(asked) == 3
+    assert not reactor.busy
+
+
 async def test_the_loop_runs_as_a_task_of_a_program_that_owns_trio(pair: tuple[socket.socket, socket.socket]) -> None:
     reactor = Reactor()
     done, ran = trio.Event(), trio.Event()
