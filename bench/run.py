@@ -162,6 +162,8 @@ async def _rounds(outcome: Outcome, running: Stage, load: LoadProcess, workloads
     lost: set[tuple[str, str]] = set()
     made: dict[str, list[Round]] = {workload.name: [] for workload in workloads}
     for number in range(plan.rounds + plan.spare):
+        extra = number - plan.rounds + 1
+        which = f"once more ({extra})" if extra > 0 else f"round {number + 1}/{plan.rounds}"
         for workload in workloads:
             so_far = made[workload.name]
             if number >= plan.rounds and all(one.steal <= limit for one in quietest(so_far, plan.rounds)):
@@ -173,7 +175,7 @@ async def _rounds(outcome: Outcome, running: Stage, load: LoadProcess, workloads
             for peer in running.peers:
                 if (workload.name, peer.name) in lost or not (peer.pids or workload.direct):
                     continue
-                progress(f"round {number + 1}/{plan.rounds}: {workload.name} through {peer.name}")
+                progress(f"{which}: {workload.name} through {peer.name}")
                 try:
                     samples[peer.name] = await load.turn(peer, workload, plan.seconds)
                 except BenchError as error:
